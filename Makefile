@@ -1,0 +1,49 @@
+# Two commands: `make demo` and `make test`. Each does the set-up that it lacks.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+GPU    := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
+STACK  := $(if $(GPU),cuda,cpu)
+PIP    := $(PY) -m pip install --quiet --no-compile
+SEED   ?= 0
+SOURCES := $(shell find csrc kernels m2train -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.hpp' \) 2>/dev/null)
+
+.PHONY: demo test test-all setup lint types check-sm90 wheel clean
+demo: setup
+	$(VENV)/bin/m2train train recipes/demo.toml --run-dir runs/demo-$(SEED) --set seed=$(SEED) --restart
+
+test: $(VENV)/.dev
+	$(PY) -m pytest -q -m "not slow"
+
+test-all: $(VENV)/.dev
+	$(PY) -m pytest -q
+
+setup: $(VENV)/.native
+
+$(VENV)/.stack: requirements/$(STACK).txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing the $(STACK) stack (a few minutes, once)"
+ifeq ($(STACK),cpu)
+	$(PIP) --no-deps -r requirements/cpu.txt
+else
+	$(PIP) -r requirements/cuda.txt
+endif
+	touch $@
+
+$(VENV)/.native: $(VENV)/.stack pyproject.toml CMakeLists.txt $(SOURCES)
+	$(PIP) --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.native
+	$(PIP) --no-deps -r requirements/dev.txt
+	touch $@
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.dev
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) build dist

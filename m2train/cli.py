@@ -1,0 +1,131 @@
+"""The command line: every mistake of the user's is one line and exit code 2, every failure of a run one line and 1."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from m2train.config import ConfigError, Recipe, load
+from m2train.errors import RunError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.partition(":")[0]
+)
+
+RecipeArg = Annotated[Path, typer.Argument(help="recipe (TOML)")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="override a setting: section.key=value")]
+
+
+@app.command()
+def train(
+    recipe: RecipeArg,
+    settings: SetOption = None,
+    run_dir: Annotated[Path | None, typer.Option(help="default: runs/<name>")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="discard the run that is there")] = False,
+    rollouts_only: Annotated[bool, typer.Option("--rollouts-only", help="sample and grade; train nothing")] = False,
+    train_from: Annotated[
+        Path | None, typer.Option(help="train on the rollouts of this run directory; start no engine")
+    ] = None,
+) -> None:
+    """Train as RECIPE says."""
+    if rollouts_only and train_from:
+        raise ConfigError("--rollouts-only and --train-from exclude each other: one has no learner, the other no engines")
+    if resume and restart:
+        raise ConfigError("--resume and --restart exclude each other")
+    config = load(recipe, settings or [])
+    _run(config, run_dir or Path("runs") / config.name, resume, restart, rollouts_only, train_from)
+
+
+def _run(
+    recipe: Recipe, root: Path, resume: bool, restart: bool, rollouts_only: bool, train_from: Path | None
+) -> None:
+    from m2train import loop
+    from m2train.progress import Progress
+    from m2train.report import write_report
+    from m2train.run import open_run, summary
+    from m2train.rundir import RunDir
+
+    run_dir = RunDir(root)
+    run_dir.start(recipe, resume=resume, restart=restart)
+
+    async def go(progress: Progress) -> None:
+        async with open_run(
+            recipe, run_dir, progress, rollouts_only=rollouts_only, train_from=train_from
+        ) as run:
+            await loop.train(run)
+
+    with Progress() as progress:
+        try:
+            asyncio.run(go(progress))
+        except (RunError, ConfigError, OSError, KeyboardInterrupt) as err:
+            run_dir.write_status("failed", cause_of(err))
+            raise
+        except BaseException as err:
+            run_dir.write_status("failed", f"{type(err).__name__}: {err}")
+            raise
+        run_dir.write_status("finished")
+        report = write_report(root)
+        progress.finish(summary(root) | {"report": str(report)})
+    run_dir.close()
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
+    """Write RUN_DIR/report.html."""
+    from m2train.report import write_report
+
+    if not run_dir.is_dir():
+        raise ConfigError(f"no run directory {run_dir}")
+    typer.echo(write_report(run_dir))
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(help="say also whether this recipe could run")] = None,
+    settings: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines and bug reports")] = False,
+) -> None:
+    """Say what works on this machine and why the rest does not."""
+    from m2train.doctor import diagnose, render
+
+    findings = diagnose(load(recipe, settings or []) if recipe else None)
+    typer.echo(json.dumps(findings, indent=1) if as_json else render(findings))
+    if findings.get("recipe", {}).get("problems"):
+        raise typer.Exit(1)
+
+
+def cause_of(err: BaseException) -> str:
+    """One line that says what ended a run."""
+    if isinstance(err, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(err, OSError) and err.errno is not None:
+        where = f" ({err.filename})" if err.filename else ""
+        return f"{err.strerror}{where}"
+    return " ".join(str(err).split()) or type(err).__name__
+
+
+def main() -> None:
+    """Entry point of the `m2train` command."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except ConfigError as err:
+        print(f"m2train: {cause_of(err)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("m2train: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (RunError, OSError, ValueError) as err:
+        print(f"m2train: {cause_of(err)}", file=sys.stderr)
+        sys.exit(1)

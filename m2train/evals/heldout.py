@@ -1,0 +1,96 @@
+"""Greedy dialogues with unseen cases, every doctor turn graded like a training reply."""
+
+from __future__ import annotations
+
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+from m2train.files import write_atomic
+from m2train.records import Dialogue, Group, Reply, StepRollouts
+from m2train.rollout.dialogue import context_ids, run_dialogue
+from m2train.rundir import load_rollouts
+from m2train.stats import dimension_rows
+
+if TYPE_CHECKING:
+    from m2train.run import Run
+
+
+async def evaluate(run: Run, step: int) -> dict[str, float]:
+    """Grade the weights before `step` on the first `eval.cases` held-out cases.
+
+    Each case is one greedy dialogue of `eval.turns` doctor turns; the score of a case is the mean over its turns. The
+    result is kept in `eval/`, so a resumed run does not repeat it.
+
+    Returns:
+        `heldout/reward`, its standard error over cases, and the rubric dimensions; empty without engines or cases.
+    """
+    cases = run.heldout[: run.recipe.eval.cases]
+    path = run.dir.evaluation(step)
+    if not cases or (run.engines is None and not path.exists()):
+        return {}
+    if path.exists():
+        return _row(load_rollouts(path).groups)
+    with run.phases("sync"):
+        await run.publish(step)
+    with run.phases("eval"), run.sampler(path.with_suffix(".journal.jsonl"), greedy=True) as sampler:
+        dialogues = await run.gather(
+            "evaluation",
+            [
+                run_dialogue(
+                    sampler,
+                    run.chat,
+                    run.verifier,
+                    case,
+                    f"eval/{case.id}",
+                    run.recipe,
+                    rounds=run.recipe.eval.turns,
+                )
+                for case in cases
+            ],
+        )
+    groups = [group for dialogue in dialogues for group in _graded_turns(run, dialogue)]
+    rollouts = StepRollouts(step=step, weight_version=run.version, dialogues=dialogues, groups=groups)
+    write_atomic(path, rollouts.model_dump_json())
+    path.with_suffix(".journal.jsonl").unlink()
+    return _row(groups)
+
+
+def _graded_turns(run: Run, dialogue: Dialogue) -> list[Group]:
+    case = run.case(dialogue.case_id)
+    groups = []
+    for index, turn in enumerate(dialogue.turns):
+        if turn.role != "doctor" or turn.generation is None:
+            continue
+        context = dialogue.turns[:index]
+        rubrics = run.verifier.rubrics(case, context)
+        verdicts = run.verifier.grade(rubrics, turn.text, case, context)
+        reply = Reply(
+            generation=turn.generation,
+            text=turn.text,
+            verdicts=verdicts,
+            rubric_reward=run.verifier.score(rubrics, verdicts),
+        )
+        groups.append(
+            Group(
+                uid=f"{dialogue.uid}/slice{index}",
+                case_id=case.id,
+                dialogue_uid=dialogue.uid,
+                num_turns=index,
+                context_ids=context_ids(context),
+                context=context,
+                rubrics=rubrics,
+                replies=[reply],
+            )
+        )
+    return groups
+
+
+def _row(groups: list[Group]) -> dict[str, float]:
+    by_case: dict[str, list[float]] = {}
+    for group in groups:
+        by_case.setdefault(group.case_id, []).append(group.replies[0].rubric_reward)
+    scores = [fmean(rewards) for rewards in by_case.values()]
+    error = stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
+    row = {"heldout/reward": fmean(scores), "heldout/stderr": error, "heldout/cases": float(len(scores))}
+    row["heldout/length_mean"] = fmean(len(group.replies[0].generation.token_ids) for group in groups)
+    return row | {f"heldout/{name}": value for name, value in dimension_rows(groups).items()}

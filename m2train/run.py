@@ -1,0 +1,241 @@
+"""Everything a run consists of, opened together and closed together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from m2train.config import ConfigError, Recipe
+from m2train.errors import RunError
+from m2train.learner.client import LearnerClient
+from m2train.metrics import MetricsWriter, read_metrics
+from m2train.models import model_shape, resolve_model
+from m2train.phases import Phases
+from m2train.progress import Progress
+from m2train.rollout.chat import ChatTemplate
+from m2train.rollout.engine import EnginePool
+from m2train.rollout.journal import Journal
+from m2train.rollout.sampler import Sampler
+from m2train.rundir import RunDir, rollout_file
+from m2train.verifier import CaseSampler, CaseScript, EmbeddedVerifier, build_verifier, load_cases, split_cases
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The parts that the algorithm in `loop.py` uses; `open_run` makes one.
+
+    `engines` is None when training on saved rollouts, `learner` is None when only rolling out.
+    """
+
+    recipe: Recipe
+    dir: RunDir
+    chat: ChatTemplate
+    verifier: EmbeddedVerifier
+    cases: CaseSampler
+    heldout: Sequence[CaseScript]
+    engines: EnginePool | None
+    learner: LearnerClient | None
+    metrics: MetricsWriter
+    progress: Progress
+    source: Path | None
+    first_step: int
+    exports: Path
+    phases: Phases = field(default_factory=Phases)
+    _published: int | None = None
+    _sync_row: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def version(self) -> str:
+        """The weight version that the engines hold."""
+        if self.engines is None:
+            raise AssertionError("no engines: nothing is sampled in this run")
+        return self.engines.version
+
+    def case(self, case_id: str) -> CaseScript:
+        """The script of this id."""
+        return next(case for case in load_cases() if case.id == case_id)
+
+    async def publish(self, step: int) -> None:
+        """Give the engines the weights before `step`, unless they have them."""
+        if self.learner is None or self.engines is None or self._published == step:
+            return
+        path = self.exports / "weights.safetensors"
+        export = await asyncio.to_thread(self.learner.export, path)
+        sync = await self.engines.update_weights(path, f"step-{step}")
+        self._sync_row |= {f"sync/{name}": seconds for name, seconds in (export | sync).items()}
+        self._published = step
+
+    def saved_rollouts(self, step: int) -> Path | None:
+        """The step's rollouts, if an earlier process completed them or the run trains on another's."""
+        if self.source is not None:
+            return rollout_file(self.source, step)
+        path = self.dir.rollouts(step)
+        return path if path.exists() else None
+
+    @contextlib.contextmanager
+    def sampler(self, journal_path: Path, *, greedy: bool = False) -> Iterator[Sampler]:
+        """A sampler whose generations are journaled under the current weight version."""
+        if self.engines is None:
+            raise AssertionError("sampling without engines")
+        journal = Journal(journal_path, self.version)
+        if journal.num_recovered:
+            self.progress.note(f"{journal.num_recovered} generations recovered from {journal_path.name}")
+        try:
+            yield Sampler(self.engines, self.recipe, journal, greedy=greedy)
+        finally:
+            journal.close()
+
+    async def gather(self, name: str, jobs: Sequence[Coroutine[None, None, T]]) -> list[T]:
+        """Run jobs concurrently, in order of result, showing progress; the first failure ends the others."""
+        done = 0
+        self.progress.phase(name, 0, len(jobs))
+
+        async def counted(job: Coroutine[None, None, T]) -> T:
+            nonlocal done
+            result = await job
+            done += 1
+            self.progress.phase(name, done, len(jobs))
+            return result
+
+        tasks = [asyncio.ensure_future(counted(job)) for job in jobs]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def record(self, step: int, row: dict[str, float]) -> None:
+        """Write the step's row of metrics, with the time of each phase, and show it."""
+        if not row:
+            return
+        full = {"step": step, **row, **self._sync_row, **self.phases.take()}
+        self._sync_row = {}
+        self.metrics.append(full)
+        self.progress.step(full)
+
+    def checkpoint(self, step: int) -> None:
+        """Save the learner after `step` steps if it is time."""
+        every, last = self.recipe.checkpoint.every, self.recipe.steps
+        if self.learner is None or (step % every and step != last):
+            return
+        with self.phases("checkpoint"):
+            self.learner.save(self.dir.checkpoint(step))
+        self.dir.prune_checkpoints(self.recipe.checkpoint.keep)
+
+    def check_trust(self, row: dict[str, float]) -> None:
+        """Stop a run whose rollouts no longer come from the policy that is trained.
+
+        Raises:
+            RunError: the log-probs differ by more than `mismatch_limit`.
+        """
+        limit, worst = self.recipe.mismatch_limit, row.get("mismatch/max_abs", 0.0)
+        if limit is not None and not worst <= limit:
+            raise RunError(
+                f"learner and rollout log-probs differ by {worst:.3g}, over mismatch_limit = {limit:g}: the rollouts "
+                f"cannot be trusted; compare dtypes (learner.dtype, rollout.dtype) and weight versions"
+            )
+
+
+@contextlib.asynccontextmanager
+async def open_run(
+    recipe: Recipe,
+    run_dir: RunDir,
+    progress: Progress,
+    *,
+    rollouts_only: bool = False,
+    train_from: Path | None = None,
+) -> AsyncIterator[Run]:
+    """Check the model against the recipe, start engines and learner side by side, close both whatever happens.
+
+    Raises:
+        ConfigError: a model or layout that cannot run, or too few saved rollouts.
+        RunError: an engine or the learner did not start.
+    """
+    if train_from is not None:
+        _check_source(train_from, recipe.steps)
+    model = resolve_model(recipe.model.path)
+    shape = model_shape(model)
+    recipe.check_model(shape.heads, shape.kv_heads, shape.layers, shape.max_positions)
+    first = run_dir.latest_checkpoint() or 0 if not rollouts_only else 0
+    train_cases, heldout = split_cases(load_cases())
+    progress.start(recipe, run_dir.root, done=first)
+    exports = _shared_memory_folder(run_dir.root)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(shutil.rmtree, exports, ignore_errors=True)
+        engines = None if train_from else EnginePool(recipe, model, run_dir.root)
+        learner = None if rollouts_only else LearnerClient(recipe, run_dir.root, model)
+        starts = []
+        if engines is not None:
+            stack.push_async_callback(engines.close)
+            starts.append(engines.start())
+        if learner is not None:
+            stack.callback(learner.close)
+            checkpoint = run_dir.checkpoint(first) if first else None
+            starts.append(asyncio.to_thread(learner.start, checkpoint))
+        progress.phase("starting engines and learner")
+        await asyncio.gather(*starts)
+        metrics = MetricsWriter(run_dir.root)
+        metrics.truncate(first - 1)
+        yield Run(
+            recipe=recipe,
+            dir=run_dir,
+            chat=ChatTemplate(model, thinking=recipe.model.thinking),
+            verifier=build_verifier(recipe.verifier),
+            cases=CaseSampler(train_cases, recipe.seed),
+            heldout=heldout,
+            engines=engines,
+            learner=learner,
+            metrics=metrics,
+            progress=progress,
+            source=train_from,
+            first_step=first,
+            exports=exports,
+        )
+
+
+def summary(run_dir: Path) -> dict[str, object]:
+    """What the last lines of a run say."""
+    rows = read_metrics(run_dir)
+    scores = [row["heldout/reward"] for row in rows if row.get("heldout/reward") is not None]
+    rewards = [row["reward/mean"] for row in rows if row.get("reward/mean") is not None]
+    worst = [row["mismatch/max_abs"] for row in rows if row.get("mismatch/max_abs") is not None]
+    lines: dict[str, object] = {}
+    if scores:
+        lines["held-out reward"] = f"{scores[0]:.3f} -> {scores[-1]:.3f} ({scores[-1] - scores[0]:+.3f})"
+    if rewards:
+        lines["training reward"] = f"{rewards[0]:.3f} -> {rewards[-1]:.3f}"
+    if worst:
+        lines["max |learner - rollout log-prob|"] = f"{max(worst):.2e}"
+    return lines
+
+
+def _check_source(source: Path, steps: int) -> None:
+    have = 0
+    while rollout_file(source, have).exists():
+        have += 1
+    if have < steps:
+        raise ConfigError(
+            f"{source} holds rollouts of {have} consecutive steps, but steps = {steps}; lower steps, or make more with "
+            "--rollouts-only"
+        )
+
+
+def _shared_memory_folder(run_dir: Path) -> Path:
+    """One folder per run directory, so that what a killed run left is found and removed by the next."""
+    base = Path("/dev/shm")
+    if not os.access(base, os.W_OK):
+        base = run_dir
+    folder = base / f"m2train-{hashlib.blake2b(str(run_dir).encode(), digest_size=8).hexdigest()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder

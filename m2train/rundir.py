@@ -1,0 +1,148 @@
+"""The run directory: where each thing lies, who owns it, and how the run stands."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from m2train.config import ConfigError, Recipe
+from m2train.files import write_atomic
+from m2train.records import StepRollouts
+
+
+class RunDir:
+    """Layout of a run directory, with a lock that a kill releases.
+
+    Args:
+        root: the folder; made when missing.
+
+    Raises:
+        ConfigError: another process is running there.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        for name in ("rollouts", "eval", "checkpoints", "logs"):
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+        self._lock = (self.root / "lock").open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise ConfigError(f"{root} is in use by another run; wait for it, or name another --run-dir") from err
+        for temp in self.root.rglob(".*.tmp"):  # left by a kill in the middle of a write
+            shutil.rmtree(temp) if temp.is_dir() else temp.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Give the lock back."""
+        self._lock.close()
+
+    @property
+    def config(self) -> Path:
+        """The recipe this run was started with."""
+        return self.root / "config.toml"
+
+    def rollouts(self, step: int) -> Path:
+        """All that was sampled for `step`."""
+        return rollout_file(self.root, step)
+
+    def journal(self, step: int) -> Path:
+        """Generations of a step that is not yet complete."""
+        return self.root / "rollouts" / f"step_{step:06d}.journal.jsonl"
+
+    def evaluation(self, step: int) -> Path:
+        """The held-out evaluation of the weights before `step`."""
+        return self.root / "eval" / f"step_{step:06d}.json"
+
+    def checkpoint(self, step: int) -> Path:
+        """The learner after `step` optimizer phases."""
+        return self.root / "checkpoints" / f"step_{step:06d}"
+
+    def latest_checkpoint(self) -> int | None:
+        """The largest step with a whole checkpoint (a checkpoint is renamed into place last)."""
+        steps = [int(p.name[5:]) for p in (self.root / "checkpoints").glob("step_*") if p.name[5:].isdigit()]
+        return max(steps, default=None)
+
+    def prune_checkpoints(self, keep: int) -> None:
+        """Remove all but the newest `keep` checkpoints."""
+        for old in sorted((self.root / "checkpoints").glob("step_*"))[:-keep]:
+            shutil.rmtree(old)
+
+    def is_empty(self) -> bool:
+        """Whether no run was started here."""
+        return not self.config.exists()
+
+    def clear(self) -> None:
+        """Remove what an earlier run left here, checkpoints first."""
+        for entry in sorted(self.root.iterdir()):
+            if entry.name != "lock":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for name in ("rollouts", "eval", "checkpoints", "logs"):
+            (self.root / name).mkdir()
+
+    def write_status(self, state: Literal["running", "finished", "failed"], cause: str = "") -> None:
+        """Say how the run stands, for the report and for whoever watches."""
+        path = self.root / "status.json"
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        old: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        write_atomic(
+            path,
+            json.dumps(
+                {
+                    "state": state,
+                    "cause": cause,
+                    "started": now if state == "running" else old.get("started", now),
+                    "ended": "" if state == "running" else now,
+                    "machine": machine(),
+                },
+                indent=1,
+            ),
+        )
+
+    def start(self, recipe: Recipe, *, resume: bool, restart: bool) -> None:
+        """Claim the folder for `recipe`.
+
+        Raises:
+            ConfigError: a run is already here and neither `resume` nor `restart` was asked for; or `resume` with a
+                recipe that changes what was trained so far.
+        """
+        if restart:
+            self.clear()
+        if not self.is_empty() and not resume:
+            raise ConfigError(f"{self.root} already holds a run; pass --resume to go on, or --restart to discard it")
+        write_atomic(self.config, recipe.to_toml())
+        self.write_status("running")
+
+
+def rollout_file(root: Path, step: int) -> Path:
+    """Where a run directory keeps the rollouts of `step`."""
+    return root / "rollouts" / f"step_{step:06d}.json"
+
+
+def load_rollouts(path: Path) -> StepRollouts:
+    """Read the saved rollouts of one step.
+
+    Raises:
+        ConfigError: missing or not a rollout file.
+    """
+    try:
+        return StepRollouts.model_validate_json(path.read_bytes())
+    except OSError as err:
+        raise ConfigError(f"cannot read rollouts {path}: {err.strerror}") from err
+    except ValueError as err:
+        raise ConfigError(f"{path} is not a rollout file of this version: {err}") from err
+
+
+def machine() -> dict[str, str | int]:
+    """What this run ran on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    return {"host": platform.node(), "cpu": cpu, "cores": os.cpu_count() or 1, "python": platform.python_version()}
