@@ -1,0 +1,82 @@
+// Plain structs that carry an op's arguments from the torch glue to a kernel. No torch header here,
+// so that a kernel file (one per instruction set, or CUDA) never sees one.
+#pragma once
+
+#include <stdint.h>
+
+namespace m2k {
+
+enum PolicyKind : int { kGrpo = 0, kGspo = 1, kCispo = 2 };
+enum KlKind : int { kKlNone = 0, kKlK1 = 1, kKlK2 = 2, kKlK3 = 3 };
+
+// Slots of the raw statistics: sums over the live tokens, then one maximum. The order is part of
+// the op's contract with Python (m2kernels/metrics.py, RAW_METRICS).
+enum RawStat : int {
+  kRawTokens = 0,
+  kRawClipLow,
+  kRawClipHigh,
+  kRawDualClip,
+  kRawK1,
+  kRawK3,
+  kRawWeight,
+  kRawWeightSquared,
+  kRawTis,
+  kRawTisCapped,
+  kRawRefKl,
+  kRawEntropy,
+  kRawBadSeq,
+  kRawRatioMax,
+  kNumRaw,
+  kRawObjective = kNumRaw,  // the sum of the terms: not a metric, becomes the loss
+  kNumPartial
+};
+
+// Final metrics follow the raw ones in `stats`, in the order of Python's FINAL_METRICS.
+constexpr int kNumFinal = 10;
+constexpr int kNumStats = kNumRaw + kNumFinal;
+
+struct IndexVector {
+  const void* data;
+  bool wide;  // int64 when true, int32 when false
+};
+
+struct PolicyLossArgs {
+  int64_t num_tokens;
+  int64_t num_advantages;
+  const float* logp;          // [num_tokens]
+  const float* old_logp;      // [num_tokens]; equals logp when the caller gave none
+  const float* advantage;     // [num_advantages], or [num_tokens] when per_token
+  IndexVector seq;            // [num_tokens]
+  const uint8_t* mask;        // [num_tokens] or null: every token is live
+  const float* entropy;       // [num_tokens] or null
+  const float* rollout_logp;  // [num_tokens] or null
+  const float* ref_logp;      // [num_tokens] or null
+  int kind;
+  int kl;
+  double clip_low;
+  double clip_high;
+  double dual_clip;  // infinity: none
+  double kl_coef;
+  double entropy_coef;
+  double tis_cap;  // infinity: the weight is measured, not applied
+  bool tis_sequence;
+  bool per_token;
+  double denom;
+  float* loss;          // [1]
+  float* stats;         // [kNumStats]
+  float* grad_logp;     // [num_tokens]
+  float* grad_entropy;  // [num_tokens] or null
+};
+
+struct GroupAdvantageArgs {
+  int64_t num_rows;
+  const float* reward;   // [num_rows]
+  IndexVector group;     // [num_rows]
+  const uint8_t* valid;  // [num_rows] or null
+  bool leave_one_out;
+  bool divide_by_std;
+  double eps;
+  float* advantage;  // [num_rows]
+};
+
+}  // namespace m2k

@@ -1,0 +1,50 @@
+// Schemas of every op, and their CPU kernels. The fake and autograd registrations are in Python,
+// beside each op's public function.
+#include "cpu_kernels.h"
+#include "torch_glue.h"
+
+namespace m2k {
+namespace {
+
+struct Cpu {
+  static void policy_loss(const Tensor&, const PolicyLossArgs& a) { policy_loss_cpu(a); }
+
+  static void policy_loss_bwd(const Tensor& grad, const float* logp, int64_t m, float* logp_out,
+                              const float* entropy, int64_t e, float* entropy_out) {
+    const float g = *static_cast<const float*>(grad.const_data_ptr());
+    policy_loss_bwd_cpu(g, logp, m, logp_out);
+    policy_loss_bwd_cpu(g, entropy, e, entropy_out);
+  }
+
+  static void group_advantage(const Tensor&, const GroupAdvantageArgs& a) {
+    group_advantage_cpu(a);
+  }
+};
+
+// 0 baseline, 1 avx2, 2 avx512; `of` is any tensor, so that the dispatcher finds the CPU kernel.
+int64_t cpu_isa(const Tensor&) {
+  const char name = cpu_kernels().name[3];
+  return name == '2' ? 1 : name == '5' ? 2 : 0;
+}
+
+}  // namespace
+}  // namespace m2k
+
+STABLE_TORCH_LIBRARY(m2kernels, m) {
+  m.def(
+      "policy_loss_fwd(Tensor logp, Tensor? old_logp, Tensor advantage, Tensor seq, Tensor? mask, "
+      "Tensor? entropy, Tensor? rollout_logp, Tensor? ref_logp, int kind, int kl, float clip_low, "
+      "float clip_high, float dual_clip, float kl_coef, float entropy_coef, float tis_cap, "
+      "bool tis_sequence, bool per_token, float denom) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "policy_loss_bwd(Tensor grad, Tensor grad_logp, Tensor grad_entropy) -> (Tensor, Tensor)");
+  m.def(
+      "group_advantage(Tensor reward, Tensor group, Tensor? valid, bool leave_one_out, "
+      "bool divide_by_std, float eps) -> Tensor");
+  m.def("cpu_isa(Tensor of) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(m2kernels, CPU, m) {
+  m2k::register_ops<m2k::Cpu>(m);
+  m.impl("cpu_isa", TORCH_BOX(&m2k::cpu_isa));
+}

@@ -1,0 +1,22 @@
+"""m2kernels: fused operations for training language models with reinforcement learning.
+
+Every op takes ``backend="auto"`` and accepts int32 or int64 integer tensors. ``torch`` is the
+readable reference, ``cpu`` and ``cuda`` are the C++ kernels. :func:`doctor` says which of them
+this machine can run, and why not.
+"""
+
+from m2kernels.doctor import doctor
+from m2kernels.group_advantage import group_advantage
+from m2kernels.metrics import combine_metrics
+from m2kernels.pack_balanced import pack_balanced
+from m2kernels.policy_loss import LossSpec, PolicyLoss, policy_loss
+
+__all__ = [
+    "LossSpec",
+    "PolicyLoss",
+    "combine_metrics",
+    "doctor",
+    "group_advantage",
+    "pack_balanced",
+    "policy_loss",
+]

@@ -1,0 +1,30 @@
+"""Choosing a backend: one predicate per op answers for dispatch, tests and the doctor."""
+
+from collections.abc import Callable
+
+BACKENDS = ("cuda", "cpu", "torch")
+"""In the order in which ``auto`` tries them."""
+
+
+def choose_backend(op: str, backend: str, reason: Callable[[str], str | None]) -> str:
+    """Resolve ``auto``, and check an explicit choice.
+
+    Args:
+        op: name of the op, for messages.
+        backend: ``auto`` or one of :data:`BACKENDS`.
+        reason: backend -> why it cannot run these inputs, or None.
+
+    Raises:
+        ValueError: the backend is unknown, cannot run, or (auto) none can.
+    """
+    if backend == "auto":
+        for candidate in BACKENDS:
+            if reason(candidate) is None:
+                return candidate
+        raise ValueError(f"{op}: no backend can run these inputs; torch says: {reason('torch')}")
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: got backend {backend!r}; expected auto, {', '.join(BACKENDS)}")
+    why = reason(backend)
+    if why is not None:
+        raise ValueError(f"{op}: backend {backend!r} cannot run: {why}; use backend='auto'")
+    return backend

@@ -1,0 +1,83 @@
+"""Loads the compiled op libraries and says why one of them cannot be used.
+
+``_ops_cpu.so`` defines every op and its CPU kernels, ``_ops_cuda.so`` adds the CUDA kernels. Both
+are found by import machinery, so that ordinary and editable installs work alike, but are loaded by
+torch: they hold no Python. Without them the ``torch`` backend still works.
+"""
+
+import importlib.util
+import os
+
+import torch
+
+ISA_NAMES = ("baseline", "avx2", "avx512")
+
+
+def _load(name: str) -> str | None:
+    """Load ``m2kernels/<name>.so``; return None, or why it is not there."""
+    spec = importlib.util.find_spec(f"m2kernels.{name}")
+    if spec is None or spec.origin is None:
+        return f"{name}.so is not installed"
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        return f"{name}.so does not load: {error}"
+    return None
+
+
+CPU_ERROR: str | None = _load("_ops_cpu")
+CUDA_ERROR: str | None = CPU_ERROR or _load("_ops_cuda")
+
+
+def cpu_isa() -> str:
+    """Name of the instruction set that the CPU kernels use: baseline, avx2 or avx512.
+
+    Raises:
+        RuntimeError: the library is missing, or M2KERNELS_CPU_ISA names a set that this machine
+            cannot run.
+    """
+    if CPU_ERROR is not None:
+        raise RuntimeError(CPU_ERROR)
+    return ISA_NAMES[int(torch.ops.m2kernels.cpu_isa(torch.empty(0)))]
+
+
+def machine_reason(backend: str) -> str | None:
+    """Why this machine cannot run C++ kernels on `backend` (cpu | cuda), or None."""
+    reason: str | None = _machine_reason(backend)
+    return reason
+
+
+@torch.compiler.assume_constant_result
+def _machine_reason(backend: str) -> str | None:
+    if backend == "cpu":
+        return CPU_ERROR
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    if CUDA_ERROR is not None:
+        return CUDA_ERROR + " (it is built only where nvcc is found)"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) != (9, 0):
+        return f"the device has compute capability {major}.{minor}; the kernels are for 9.0"
+    return None
+
+
+def environment() -> dict[str, str | None]:
+    """Versions that a bug report needs; values are strings or None where a part is absent."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    isa = None if CPU_ERROR is not None else _isa_or_error()
+    return {
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "device": device,
+        "cpu_isa": isa,
+        "cpu_isa_override": os.environ.get("M2KERNELS_CPU_ISA"),
+    }
+
+
+def _isa_or_error() -> str:
+    try:
+        return cpu_isa()
+    except RuntimeError as error:
+        return f"error: {str(error).splitlines()[0]}"

@@ -1,0 +1,12 @@
+"""Types of the compiled planner (csrc/planner/bindings.cpp)."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+def pack(
+    cost: NDArray[np.float64],
+    size: NDArray[np.float64],
+    cap: NDArray[np.float64],
+    max_items: int,
+    num_bins: int,
+) -> tuple[int, int, int, NDArray[np.int32]]: ...
