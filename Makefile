@@ -8,6 +8,10 @@ PIP    := $(PY) -m pip install --quiet --no-compile
 SEED   ?= 0
 SOURCES := $(shell find csrc kernels m2train -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.hpp' \) 2>/dev/null)
 
+# An editable install maps modules to files once, so a new or moved file asks for a new one.
+MODULES := $(shell find m2train kernels/m2kernels -name '*.py' | sort | cksum | cut -d' ' -f1)
+NATIVE  := $(VENV)/.native-$(MODULES)
+
 .PHONY: demo test test-all setup lint types check-sm90 wheel clean
 demo: setup
 	$(VENV)/bin/m2train train recipes/demo.toml --run-dir runs/demo-$(SEED) --set seed=$(SEED) --restart
@@ -18,7 +22,7 @@ test: $(VENV)/.dev
 test-all: $(VENV)/.dev
 	$(PY) -m pytest -q
 
-setup: $(VENV)/.native
+setup: $(NATIVE)
 
 $(VENV)/.stack: requirements/$(STACK).txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -30,11 +34,11 @@ else
 endif
 	touch $@
 
-$(VENV)/.native: $(VENV)/.stack pyproject.toml CMakeLists.txt $(SOURCES)
+$(NATIVE): $(VENV)/.stack pyproject.toml CMakeLists.txt $(SOURCES)
 	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.dev: requirements/dev.txt $(VENV)/.native
+$(VENV)/.dev: requirements/dev.txt $(NATIVE)
 	$(PIP) --no-deps -r requirements/dev.txt
 	touch $@
 
@@ -44,6 +48,18 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(VENV)/bin/mypy
+
+# What the CUDA kernels become: machine code for sm_90a without a spill or a serialised wgmma. Needs no GPU.
+check-sm90:
+	@command -v nvcc >/dev/null || { echo "check-sm90: skipped, no nvcc"; exit 0; }; \
+	for file in csrc/cuda/*.cu; do \
+	    nvcc -std=c++17 -O3 -DNDEBUG -Icsrc/ops -Icsrc/cuda -gencode=arch=compute_90a,code=sm_90a \
+	        -Xptxas=-v,-warn-spills,-Werror -cubin -o $(VENV)/$$(basename $$file).cubin $$file || exit 1; \
+	done
+
+wheel: $(NATIVE)
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
+	ls -l dist
 
 clean:
 	rm -rf $(VENV) build dist

@@ -29,9 +29,7 @@ def karmarkar_karp(cost: list[int], num_bins: int) -> list[list[int]]:
         heapq.heappush(heap, (-c, next(order), bins))
     while len(heap) > 1:
         a, b = heapq.heappop(heap)[2], heapq.heappop(heap)[2]
-        merged = [
-            (x + y, left + right) for (x, left), (y, right) in zip(a, reversed(b), strict=True)
-        ]
+        merged = [(x + y, left + right) for (x, left), (y, right) in zip(a, reversed(b), strict=True)]
         merged.sort(key=lambda entry: -entry[0])
         heapq.heappush(heap, (merged[-1][0] - merged[0][0], next(order), merged))
     return [sorted(items) for _, items in heap[0][2]]

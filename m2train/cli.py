@@ -1,10 +1,11 @@
-"""The command line: every mistake of the user's is one line and exit code 2, every failure of a run one line and 1."""
+"""The command line: a user's mistake is one line and exit code 2, a failure of the run one line and exit code 1."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +37,9 @@ def train(
 ) -> None:
     """Train as RECIPE says."""
     if rollouts_only and train_from:
-        raise ConfigError("--rollouts-only and --train-from exclude each other: one has no learner, the other no engines")
+        raise ConfigError(
+            "--rollouts-only and --train-from exclude each other: one has no learner, the other no engines"
+        )
     if resume and restart:
         raise ConfigError("--resume and --restart exclude each other")
     config = load(recipe, settings or [])
@@ -56,19 +59,16 @@ def _run(
     run_dir.start(recipe, resume=resume, restart=restart)
 
     async def go(progress: Progress) -> None:
-        async with open_run(
-            recipe, run_dir, progress, rollouts_only=rollouts_only, train_from=train_from
-        ) as run:
+        async with open_run(recipe, run_dir, progress, rollouts_only=rollouts_only, train_from=train_from) as run:
             await loop.train(run)
 
     with Progress() as progress:
         try:
             asyncio.run(go(progress))
-        except (RunError, ConfigError, OSError, KeyboardInterrupt) as err:
-            run_dir.write_status("failed", cause_of(err))
-            raise
         except BaseException as err:
-            run_dir.write_status("failed", f"{type(err).__name__}: {err}")
+            known = isinstance(err, RunError | ConfigError | OSError | KeyboardInterrupt)
+            run_dir.write_status("failed", cause_of(err) if known else f"{type(err).__name__}: {cause_of(err)}")
+            write_report(root)
             raise
         run_dir.write_status("finished")
         report = write_report(root)
@@ -113,6 +113,7 @@ def cause_of(err: BaseException) -> str:
 
 def main() -> None:
     """Entry point of the `m2train` command."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice ends a run like Ctrl-C: cleanly
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         app(standalone_mode=False)

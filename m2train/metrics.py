@@ -102,9 +102,7 @@ class MetricsWriter:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as err:
             self.tensorboard_reason = f"cannot import torch.utils.tensorboard: {err}"
-            _log.warning(
-                "no TensorBoard files: %s (pip install tensorboard)", self.tensorboard_reason
-            )
+            _log.warning("no TensorBoard files: %s (pip install tensorboard)", self.tensorboard_reason)
             return
         folder = str(self.path.parent / "tensorboard")
         self._board = SummaryWriter(folder, purge_step=purge_step)  # type: ignore[no-untyped-call]
@@ -149,11 +147,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:  # covers bad JSON and bad UTF-8
         return None
-    good = (
-        isinstance(row, dict)
-        and isinstance(row.get("step"), int)
-        and not isinstance(row["step"], bool)
-    )
+    good = isinstance(row, dict) and isinstance(row.get("step"), int) and not isinstance(row["step"], bool)
     return row if good else None
 
 
@@ -176,9 +170,7 @@ def _clean(row: Mapping[str, object]) -> dict[str, Any]:
             clean[key] = float(value) if finite else None
             num_nonfinite += not finite
         else:
-            raise ValueError(
-                f"metric {key!r} is a {type(value).__name__}; expected a number or text"
-            )
+            raise ValueError(f"metric {key!r} is a {type(value).__name__}; expected a number or text")
     if num_nonfinite:
         clean[NONFINITE_KEY] = num_nonfinite
         _log.warning("step %d: %d metrics are NaN or infinite", clean["step"], num_nonfinite)

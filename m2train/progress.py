@@ -69,9 +69,7 @@ class Progress:
         self._steps, self._done = recipe.steps, done
         self._last = self._spoke = self._clock()
         learner, rollout, algo = recipe.learner, recipe.rollout, recipe.algo
-        engines = (
-            f"{len(rollout.urls)} given" if rollout.urls else f"{rollout.servers} started here"
-        )
+        engines = f"{len(rollout.urls)} given" if rollout.urls else f"{rollout.servers} started here"
         groups = rollout.cases_per_step * rollout.slices_per_dialogue
         self._say(
             f"m2train {recipe.name}: {recipe.model.path}, {recipe.steps} steps of "
@@ -92,11 +90,7 @@ class Progress:
             self._live.phase(_printable(name), done, total)
         elif self._clock() - self._spoke >= self._heartbeat_s:
             seconds = self._clock() - self._last
-            where = (
-                f"step {self._done + 1}/{self._steps}"
-                if self._done < self._steps
-                else "after the last step"
-            )
+            where = f"step {self._done + 1}/{self._steps}" if self._done < self._steps else "after the last step"
             self._say(f"  {where}: {name}{count}, {seconds:.0f} s so far")
 
     def step(self, row: Mapping[str, Any]) -> None:
@@ -183,9 +177,7 @@ class _Live:
     def start(self, steps: int, done: int) -> None:
         """Show the bars."""
         self._steps = steps
-        self._run = self._bars.add_task(
-            "run", total=steps, completed=done, count=f"{done}/{steps}", left=""
-        )
+        self._run = self._bars.add_task("run", total=steps, completed=done, count=f"{done}/{steps}", left="")
         self._phase = self._add_phase("starting", 0, None)
         self._bars.start()
 
@@ -225,16 +217,8 @@ class _Live:
 
 
 def _phase_times(row: Mapping[str, Any]) -> str:
-    times = {
-        k.removeprefix("time/"): v
-        for k, v in row.items()
-        if k.startswith("time/") and k not in TOTAL_KEYS
-    }
-    shown = [
-        f"{name} {value:.1f}"
-        for name, value in sorted(times.items(), key=lambda kv: -(kv[1] or 0))
-        if value
-    ]
+    times = {k.removeprefix("time/"): v for k, v in row.items() if k.startswith("time/") and k not in TOTAL_KEYS}
+    shown = [f"{name} {value:.1f}" for name, value in sorted(times.items(), key=lambda kv: -(kv[1] or 0)) if value]
     return f" ({', '.join(shown)})" if shown else ""
 
 

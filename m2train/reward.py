@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import m2kernels as mk
 import torch
 
+import m2kernels as mk
 from m2train.config import AlgoConfig
 from m2train.records import Group
 

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -59,6 +59,11 @@ class Run:
         if self.engines is None:
             raise AssertionError("no engines: nothing is sampled in this run")
         return self.engines.version
+
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Time a phase of the step, mark it for the profiler, and show it."""
+        self.progress.phase(name)
+        return self.phases(name)
 
     def case(self, case_id: str) -> CaseScript:
         """The script of this id."""
@@ -128,7 +133,7 @@ class Run:
         every, last = self.recipe.checkpoint.every, self.recipe.steps
         if self.learner is None or (step % every and step != last):
             return
-        with self.phases("checkpoint"):
+        with self.phase("checkpoint"):
             self.learner.save(self.dir.checkpoint(step))
         self.dir.prune_checkpoints(self.recipe.checkpoint.keep)
 
@@ -167,14 +172,15 @@ async def open_run(
     shape = model_shape(model)
     recipe.check_model(shape.heads, shape.kv_heads, shape.layers, shape.max_positions)
     first = run_dir.latest_checkpoint() or 0 if not rollouts_only else 0
+    chat = ChatTemplate(model, thinking=recipe.model.thinking)
     train_cases, heldout = split_cases(load_cases())
     progress.start(recipe, run_dir.root, done=first)
     exports = _shared_memory_folder(run_dir.root)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(shutil.rmtree, exports, ignore_errors=True)
-        engines = None if train_from else EnginePool(recipe, model, run_dir.root)
+        engines = None if train_from else EnginePool(recipe, model, run_dir.root, stop_token_ids=chat.stop_token_ids)
         learner = None if rollouts_only else LearnerClient(recipe, run_dir.root, model)
-        starts = []
+        starts: list[Awaitable[object]] = []
         if engines is not None:
             stack.push_async_callback(engines.close)
             starts.append(engines.start())
@@ -189,7 +195,7 @@ async def open_run(
         yield Run(
             recipe=recipe,
             dir=run_dir,
-            chat=ChatTemplate(model, thinking=recipe.model.thinking),
+            chat=chat,
             verifier=build_verifier(recipe.verifier),
             cases=CaseSampler(train_cases, recipe.seed),
             heldout=heldout,
@@ -225,8 +231,8 @@ def _check_source(source: Path, steps: int) -> None:
         have += 1
     if have < steps:
         raise ConfigError(
-            f"{source} holds rollouts of {have} consecutive steps, but steps = {steps}; lower steps, or make more with "
-            "--rollouts-only"
+            f"{source} holds rollouts of {have} consecutive steps, but steps = {steps}; lower steps, or "
+            "make more with --rollouts-only"
         )
 
 

@@ -96,7 +96,7 @@ class RunDir:
                 {
                     "state": state,
                     "cause": cause,
-                    "started": now if state == "running" else old.get("started", now),
+                    "started": old.get("started", now),
                     "ended": "" if state == "running" else now,
                     "machine": machine(),
                 },

@@ -1,4 +1,4 @@
-"""A step's row of metrics from its rollouts and its update."""
+"""A step's row of metrics from its rollouts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean, pstdev
 
-from m2train.learner.client import TrainResult
 from m2train.records import Group, StepRollouts
 
 
@@ -20,9 +19,9 @@ def rollout_row(rollouts: StepRollouts) -> dict[str, float]:
         sum(len(g.token_ids) for g in generated) + sum(len(r.generation.token_ids) for r in replies)
     )
     row["groups/count"] = float(len(groups))
-    row["dialogues/turns_mean"] = fmean(
-        sum(t.role == "doctor" for t in d.turns) for d in rollouts.dialogues
-    ) if rollouts.dialogues else 0.0
+    row["dialogues/turns_mean"] = (
+        fmean(sum(t.role == "doctor" for t in d.turns) for d in rollouts.dialogues) if rollouts.dialogues else 0.0
+    )
     if not replies:
         return row
     rewards = [reply.reward for reply in replies]
@@ -46,7 +45,7 @@ def rollout_row(rollouts: StepRollouts) -> dict[str, float]:
 
 
 def dimension_rows(groups: Sequence[Group]) -> dict[str, float]:
-    """`dim/<name>`: share of the points of a rubric dimension that the replies earned (a negative item avoided earns)."""
+    """`dim/<name>`: share of a rubric dimension's points that the replies earned (an avoided fault earns)."""
     earned: dict[str, float] = defaultdict(float)
     offered: dict[str, float] = defaultdict(float)
     for group in groups:
@@ -58,8 +57,3 @@ def dimension_rows(groups: Sequence[Group]) -> dict[str, float]:
                 if verdict.met == (rubric.weight > 0):
                     earned[rubric.dimension] += abs(rubric.weight)
     return {f"dim/{name}": earned[name] / total for name, total in offered.items() if total}
-
-
-def learner_row(result: TrainResult) -> dict[str, float]:
-    """The learner's own metrics; their names already carry their section."""
-    return dict(result.metrics)

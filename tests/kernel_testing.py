@@ -12,10 +12,7 @@ import torch
 
 def _finite_pattern_equal(x: torch.Tensor, y: torch.Tensor) -> bool:
     """Do both hold NaN, +inf and -inf in the same places?"""
-    return all(
-        torch.equal(f(x), f(y))
-        for f in (torch.isnan, lambda t: t == math.inf, lambda t: t == -math.inf)
-    )
+    return all(torch.equal(f(x), f(y)) for f in (torch.isnan, lambda t: t == math.inf, lambda t: t == -math.inf))
 
 
 def assert_kernel(

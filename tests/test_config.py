@@ -47,7 +47,9 @@ def test_mistakes_are_refused_by_name(override: str, names: list[str], tmp_path:
 def test_override_takes_toml_values_and_bare_strings(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text("")
-    recipe = load(path, ["learner.lr=2e-5", "model.path=some/folder", "vllm.max_num_seqs=8", "rollout.urls=['http://a']"])
+    recipe = load(
+        path, ["learner.lr=2e-5", "model.path=some/folder", "vllm.max_num_seqs=8", "rollout.urls=['http://a']"]
+    )
     assert recipe.learner.lr == 2e-5
     assert recipe.model.path == "some/folder"
     assert recipe.vllm == {"max_num_seqs": 8}
@@ -82,4 +84,6 @@ def test_layouts_that_the_model_cannot_take(settings: dict[str, dict[str, int]],
 
 
 def test_a_layout_that_fits() -> None:
-    Recipe.model_validate({"learner": {"tp": 3, "pp": 2}}).check_model(heads=9, kv_heads=3, layers=30, max_positions=8192)
+    Recipe.model_validate({"learner": {"tp": 3, "pp": 2}}).check_model(
+        heads=9, kv_heads=3, layers=30, max_positions=8192
+    )

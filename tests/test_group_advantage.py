@@ -52,9 +52,7 @@ def test_oracle_with_hostile_rows(backend, baseline, scale, index):
     reward[~valid] = torch.tensor([float("nan"), float("inf")]).repeat(rows)[: int((~valid).sum())]
     options = {"baseline": baseline, "scale": scale}
     dev = device_of(backend)
-    out = mk.group_advantage(
-        reward.to(dev), group.to(dev), valid=valid.to(dev), backend=backend, **options
-    ).cpu()
+    out = mk.group_advantage(reward.to(dev), group.to(dev), valid=valid.to(dev), backend=backend, **options).cpu()
     oracle = group_advantage_ref(reward, group, valid=valid, **options)
     plain = _group_advantage_torch(reward, group, valid, baseline, scale, 1e-6)
     assert_kernel("advantage", out, plain, oracle)

@@ -42,14 +42,10 @@ def test_a_row_is_on_disk_before_append_returns(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_nan_and_infinity_become_null_and_are_counted(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_nan_and_infinity_become_null_and_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with MetricsWriter(tmp_path, tensorboard=False) as writer, caplog.at_level(logging.WARNING):
         writer.append({"step": 0, "a": float("nan"), "b": float("-inf"), "c": 2.0})
-    assert read_metrics(tmp_path) == [
-        {"step": 0, "a": None, "b": None, "c": 2.0, "warnings/nonfinite": 2}
-    ]
+    assert read_metrics(tmp_path) == [{"step": 0, "a": None, "b": None, "c": 2.0, "warnings/nonfinite": 2}]
     assert "2 metrics are NaN" in caplog.text
 
 
@@ -102,9 +98,7 @@ def test_a_whole_last_line_without_newline_is_kept(tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
 
 
-def test_unreadable_lines_in_the_middle_are_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unreadable_lines_in_the_middle_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nxx\n[]\n{"a": 1}\n{"step": 2}\n')
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
     assert "3 unreadable lines" in caplog.text

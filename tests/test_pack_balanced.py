@@ -83,8 +83,7 @@ def test_balanced_without_caps(cost, num_bins):
 def test_balance_of_a_few_items(cost, num_bins):
     every = itertools.product(range(num_bins), repeat=len(cost))
     best = min(
-        max(sum(c for c, b in zip(cost, choice, strict=True) if b == k) for k in range(num_bins))
-        for choice in every
+        max(sum(c for c, b in zip(cost, choice, strict=True) if b == k) for k in range(num_bins)) for choice in every
     )
     # Graham: largest first is within 4/3 of the best.
     assert max(costs_of(mk.pack_balanced(cost, num_bins), cost)) <= 4 / 3 * best + 1e-9

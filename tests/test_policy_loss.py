@@ -78,9 +78,7 @@ def test_hand_computed(backend):
     assert m["kl_k3"] == pytest.approx((2 + 0.5 - 2) / 2, rel=1e-6)
     assert m["ess"] == pytest.approx(5**2 / (4 * 8.5), rel=1e-6)
     # dual clip 1.5 lifts the second term from -2 to -1.5 and stops its gradient.
-    dual = mk.policy_loss(
-        logp, old, advantage, seq, denom=4, spec=mk.LossSpec(dual_clip=1.5), backend=backend
-    )
+    dual = mk.policy_loss(logp, old, advantage, seq, denom=4, spec=mk.LossSpec(dual_clip=1.5), backend=backend)
     assert dual.loss.item() == pytest.approx(0.52 / 4, rel=1e-6)
     assert float(dual.metrics["dual_clip_frac"]) == 0.25
     # gspo, one sequence of all four: mean log-ratio 0, one term A = 1 -> loss -1 / 4.
@@ -126,15 +124,10 @@ def test_layouts_and_index_types_agree_bitwise(backend):
     wide, narrow = make_case(LENGTHS), make_case(LENGTHS, index=torch.int32)
     expected = run(wide, spec, 5.0, device=device, backend=backend)
     assert torch.equal(run(narrow, spec, 5.0, device=device, backend=backend)[1], expected[1])
-    strided = {
-        k: torch.stack([v, v], 1)[:, 0] if isinstance(v, torch.Tensor) else v
-        for k, v in wide.items()
-    }
+    strided = {k: torch.stack([v, v], 1)[:, 0] if isinstance(v, torch.Tensor) else v for k, v in wide.items()}
     assert not strided["logp"].is_contiguous()
     args = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in strided.items()}
-    assert torch.equal(
-        mk.policy_loss(**args, denom=5.0, spec=spec, backend=backend).loss.cpu(), expected[0]
-    )
+    assert torch.equal(mk.policy_loss(**args, denom=5.0, spec=spec, backend=backend).loss.cpu(), expected[0])
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -175,9 +168,7 @@ def test_gradcheck_of_the_reference(spec):
     if spec.kind != "cispo":
         assert torch.autograd.gradcheck(loss, (logp, entropy))
     oracle = for_spec({**case, "entropy": entropy, "old_logp": fixed["old_logp"]}, spec)
-    want = oracle_run(
-        {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in oracle.items()}, spec, 3.0
-    )
+    want = oracle_run({k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in oracle.items()}, spec, 3.0)
     (got,) = torch.autograd.grad(loss(logp, entropy), logp)
     torch.testing.assert_close(got, want[1], rtol=1e-6, atol=1e-9)
 
@@ -189,10 +180,7 @@ def test_micro_batches_add_up(spec):
     whole = mk.policy_loss(**case, denom=9.0, spec=spec)
     parts = []
     for low, high in ((0, 6), (6, 20), (20, 40)):
-        part = {
-            k: v[low:high] if isinstance(v, torch.Tensor) and k != "advantage" else v
-            for k, v in case.items()
-        }
+        part = {k: v[low:high] if isinstance(v, torch.Tensor) and k != "advantage" else v for k, v in case.items()}
         parts.append(mk.policy_loss(**part, denom=9.0, spec=spec))
     assert float(sum(p.loss for p in parts)) == pytest.approx(float(whole.loss), rel=1e-5)
     combined = mk.combine_metrics([p.metrics for p in parts])
@@ -274,9 +262,7 @@ def test_compile_fullgraph(backend):
 
     def step(logp, entropy):
         rest = {k: v for k, v in case.items() if k not in ("logp", "entropy")}
-        out = mk.policy_loss(
-            logp * 1.0, entropy=entropy, denom=4.0, spec=spec, backend=backend, **rest
-        )
+        out = mk.policy_loss(logp * 1.0, entropy=entropy, denom=4.0, spec=spec, backend=backend, **rest)
         return out.loss, out.metrics["ess"]
 
     results = []

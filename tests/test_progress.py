@@ -55,8 +55,7 @@ def test_one_line_a_step_without_a_terminal() -> None:
     assert lines[0] == "m2train demo: smollm2-135m, 10 steps of 8 x 8 replies"
     steps = [line for line in lines if line.startswith("step")]
     assert steps[0] == (
-        "step  1/10  reward 0.4123  held-out 0.3  500 tok/s  "
-        "10.0 s (dialogues 6.0, train 3.5)  90.0 s left"
+        "step  1/10  reward 0.4123  held-out 0.3  500 tok/s  10.0 s (dialogues 6.0, train 3.5)  90.0 s left"
     )
     assert len(steps) == 3 and "replies 3/32" not in text
     assert lines[-3:] == [

@@ -114,9 +114,7 @@ def make_group(
         ),
         Turn(
             role="patient",
-            text="About three weeks. It first happened on the way back from the shops."
-            if text is None
-            else text,
+            text="About three weeks. It first happened on the way back from the shops." if text is None else text,
             token_ids=[8, 9],
             state={
                 "facts_told": told[:2],
@@ -133,9 +131,7 @@ def make_group(
         ),
         Turn(role="patient", text="No, never at rest.", token_ids=[11], state={"facts_told": told}),
     ]
-    dialogue = Dialogue(
-        uid=uid, case_id="cardiology_01", seed=3, turns=turns, end_reason="max_turns"
-    )
+    dialogue = Dialogue(uid=uid, case_id="cardiology_01", seed=3, turns=turns, end_reason="max_turns")
     replies = []
     for i in range(num_replies):
         body = text if text is not None else REPLIES[rng.randrange(len(REPLIES))]
@@ -177,10 +173,7 @@ def make_rollouts(
     step: int, num_groups: int, num_replies: int, skill: float, text: str | None = None
 ) -> StepRollouts:
     rng = random.Random(step * 7 + num_replies)
-    pairs = [
-        make_group(rng, f"step{step}/{i}", f"step-{step}", num_replies, skill, text)
-        for i in range(num_groups)
-    ]
+    pairs = [make_group(rng, f"step{step}/{i}", f"step-{step}", num_replies, skill, text) for i in range(num_groups)]
     return StepRollouts(
         step=step,
         weight_version=f"step-{step}",
@@ -227,10 +220,7 @@ def make_row(step: int, num_steps: int, rng: random.Random) -> dict[str, Any]:
         "sync/bytes": 5.4e8,
     }
     dims = ("diagnostic_accuracy", "consultation_logic", "communication_and_empathy", "safety")
-    row |= {
-        f"dim/{name}": 0.3 + 0.1 * i + 0.2 * part + rng.gauss(0, 0.03)
-        for i, name in enumerate(dims)
-    }
+    row |= {f"dim/{name}": 0.3 + 0.1 * i + 0.2 * part + rng.gauss(0, 0.03) for i, name in enumerate(dims)}
     return row
 
 
@@ -349,9 +339,7 @@ def test_hostile_text_is_inert(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", num_steps=2, every=1, text=HOSTILE)
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 9, f"dim/{HOSTILE}": 0.5, f"drops/{HOSTILE}": 2}) + "\n")
-    (run / "rollouts" / "step_000001.json").write_text(
-        '{"step": "' + HOSTILE.replace('"', "") + '"}'
-    )
+    (run / "rollouts" / "step_000001.json").write_text('{"step": "' + HOSTILE.replace('"', "") + '"}')
     page = read(run)
     assert len(page.scripts) == 2  # the data and app.js, as without the text
     assert not [tag for tag, _ in page.tags if tag == "img"]
@@ -388,9 +376,7 @@ def test_each_curve_has_a_title_a_summary_and_only_known_keys(finished: Path) ->
     assert "sync/bytes" in html  # a metric that no chart was made for still shows
     page = Page(html)
     labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
-    assert len(labels) == len(page.data["charts"]) and all(
-        "first" in str(label) for label in labels
-    )
+    assert len(labels) == len(page.data["charts"]) and all("first" in str(label) for label in labels)
     bare = finished.parent / "bare"
     make_run(bare, num_steps=2, every=1)
     (bare / "metrics.jsonl").write_text('{"step": 0, "reward/mean": 0.5}\n')
@@ -464,9 +450,7 @@ def test_many_steps_are_binned_and_the_peak_survives(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     page = read(run)
     assert "Each point stands for 7 steps" in page.text
-    assert any(
-        0.5 in chart["values"][0] and 1e-5 in chart["values"][0] for chart in page.data["charts"]
-    )
+    assert any(0.5 in chart["values"][0] and 1e-5 in chart["values"][0] for chart in page.data["charts"])
     assert (run / "report.html").stat().st_size < 600_000
 
 
@@ -474,9 +458,7 @@ def test_dialogue_is_stored_once_and_its_slice_is_the_context(finished: Path) ->
     step = read(finished).data["steps"][-1]
     for group in step["groups"]:
         assert "context" not in group
-        assert (
-            step["dialogues"][group["dialogue"]]["turns"][group["turns"] - 1]["role"] == "patient"
-        )
+        assert step["dialogues"][group["dialogue"]]["turns"][group["turns"] - 1]["role"] == "patient"
         assert len(group["replies"][0]["marks"]) == len(group["rubrics"])
 
 

@@ -17,8 +17,7 @@ def check_dtype(op: str, name: str, tensor: torch.Tensor, allowed: tuple[torch.d
     if tensor.dtype not in allowed:
         got, *names = (str(d).removeprefix("torch.") for d in (tensor.dtype, *allowed))
         raise ValueError(
-            f"{op}: {name} is {got}; expected {' or '.join(names)}; "
-            f"convert it with .to(torch.{names[0]})"
+            f"{op}: {name} is {got}; expected {' or '.join(names)}; convert it with .to(torch.{names[0]})"
         )
 
 

@@ -144,9 +144,7 @@ def policy_loss_torch(
     policy, under, over, dual = _policy_term(spec, ratio, advantage, logp)
 
     tis_log = (old - clean(rollout_logp)).detach() if rollout_logp is not None else zero
-    tis, capped = _tis_weight(
-        spec, sequence_sum(tis_log) if spec.tis_level == "sequence" else tis_log
-    )
+    tis, capped = _tis_weight(spec, sequence_sum(tis_log) if spec.tis_level == "sequence" else tis_log)
     if spec.tis_cap is not None:
         policy = policy * tis
     ref_kl = _kl(spec.kl, logp - clean(ref_logp)) if ref_logp is not None else zero

@@ -31,9 +31,7 @@ def _array(name: str, values: Any, ndim: int) -> "np.ndarray[Any, np.dtype[np.fl
     bad = np.argwhere(~(np.isfinite(array) & (array >= 0)))
     if bad.size:
         at = tuple(int(i) for i in bad[0])
-        raise ValueError(
-            f"{_OP}: {name}{list(at)} is {array[at]}; expected a finite number of at least 0"
-        )
+        raise ValueError(f"{_OP}: {name}{list(at)} is {array[at]}; expected a finite number of at least 0")
     return array
 
 

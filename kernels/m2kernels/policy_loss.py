@@ -153,9 +153,7 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
 if CPU_ERROR is None:
     torch.library.register_fake("m2kernels::policy_loss_fwd", _policy_loss_fake)
     torch.library.register_fake("m2kernels::policy_loss_bwd", _policy_loss_bwd_fake)
-    torch.library.register_autograd(
-        "m2kernels::policy_loss_fwd", _backward, setup_context=_setup_context
-    )
+    torch.library.register_autograd("m2kernels::policy_loss_fwd", _backward, setup_context=_setup_context)
     torch.library.register_autograd("m2kernels::policy_loss_bwd", _no_second_derivative)
 
 
@@ -204,9 +202,7 @@ def _number(denom: float | torch.Tensor) -> float:
             raise ValueError(f"{_OP}: denom has shape {list(denom.shape)}; expected one number")
         return 1.0
     if not (denom > 0 and math.isfinite(denom)):
-        raise ValueError(
-            f"{_OP}: got denom {denom}; expected a number over 0, such as groups * G * l_max"
-        )
+        raise ValueError(f"{_OP}: got denom {denom}; expected a number over 0, such as groups * G * l_max")
     return float(denom)
 
 
@@ -261,9 +257,7 @@ def policy_loss(
     chosen = choose_backend(_OP, backend, lambda name: unsupported_reason(name, logp))
     fixed = {k: None if v is None else v.detach() for k, v in optional.items() if k != "entropy"}
     implementation = policy_loss_torch if chosen == "torch" else _policy_loss_native
-    loss, metrics = implementation(
-        logp, advantage.detach(), seq, number, spec, per_token, mask, entropy, **fixed
-    )
+    loss, metrics = implementation(logp, advantage.detach(), seq, number, spec, per_token, mask, entropy, **fixed)
     if logp.device.type == "cpu" and not torch.compiler.is_compiling():
         _raise_bad_seq(metrics["num_bad_seq"])
     if isinstance(denom, torch.Tensor):

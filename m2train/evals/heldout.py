@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from m2train.files import write_atomic
 from m2train.records import Dialogue, Group, Reply, StepRollouts
 from m2train.rollout.dialogue import context_ids, run_dialogue
 from m2train.rundir import load_rollouts
 from m2train.stats import dimension_rows
+from m2train.verifier.grading import Scoring
 
 if TYPE_CHECKING:
     from m2train.run import Run
@@ -22,17 +23,18 @@ async def evaluate(run: Run, step: int) -> dict[str, float]:
     result is kept in `eval/`, so a resumed run does not repeat it.
 
     Returns:
-        `heldout/reward`, its standard error over cases, and the rubric dimensions; empty without engines or cases.
+        `heldout/reward` (by `eval.scoring`), its standard error over cases, the score under each scoring, and the
+        rubric dimensions; empty without engines or cases.
     """
     cases = run.heldout[: run.recipe.eval.cases]
     path = run.dir.evaluation(step)
     if not cases or (run.engines is None and not path.exists()):
         return {}
     if path.exists():
-        return _row(load_rollouts(path).groups)
-    with run.phases("sync"):
+        return _row(run, load_rollouts(path).groups)
+    with run.phase("sync"):
         await run.publish(step)
-    with run.phases("eval"), run.sampler(path.with_suffix(".journal.jsonl"), greedy=True) as sampler:
+    with run.phase("eval"), run.sampler(path.with_suffix(".journal.jsonl"), greedy=True) as sampler:
         dialogues = await run.gather(
             "evaluation",
             [
@@ -52,7 +54,7 @@ async def evaluate(run: Run, step: int) -> dict[str, float]:
     rollouts = StepRollouts(step=step, weight_version=run.version, dialogues=dialogues, groups=groups)
     write_atomic(path, rollouts.model_dump_json())
     path.with_suffix(".journal.jsonl").unlink()
-    return _row(groups)
+    return _row(run, groups)
 
 
 def _graded_turns(run: Run, dialogue: Dialogue) -> list[Group]:
@@ -68,7 +70,7 @@ def _graded_turns(run: Run, dialogue: Dialogue) -> list[Group]:
             generation=turn.generation,
             text=turn.text,
             verdicts=verdicts,
-            rubric_reward=run.verifier.score(rubrics, verdicts),
+            rubric_reward=run.verifier.score(rubrics, verdicts, run.recipe.eval.scoring),
         )
         groups.append(
             Group(
@@ -85,12 +87,16 @@ def _graded_turns(run: Run, dialogue: Dialogue) -> list[Group]:
     return groups
 
 
-def _row(groups: list[Group]) -> dict[str, float]:
+def _row(run: Run, groups: list[Group]) -> dict[str, float]:
     by_case: dict[str, list[float]] = {}
     for group in groups:
         by_case.setdefault(group.case_id, []).append(group.replies[0].rubric_reward)
     scores = [fmean(rewards) for rewards in by_case.values()]
     error = stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
     row = {"heldout/reward": fmean(scores), "heldout/stderr": error, "heldout/cases": float(len(scores))}
+    for scoring in get_args(Scoring):
+        row[f"heldout/{scoring}"] = fmean(
+            run.verifier.score(group.rubrics, group.replies[0].verdicts, scoring) for group in groups
+        )
     row["heldout/length_mean"] = fmean(len(group.replies[0].generation.token_ids) for group in groups)
     return row | {f"heldout/{name}": value for name, value in dimension_rows(groups).items()}

@@ -52,9 +52,7 @@ def make_charts(rows: list[Row], *, limit: float | None = None) -> list[tuple[st
         if charts:
             sections.append((name, charts))
     rest = [key for key in keys if key not in used and not key.startswith(NOT_CURVES)]
-    others = [
-        _chart(Spec(title=key, unit="", series={key: "value"}), rows, keys, None) for key in rest
-    ]
+    others = [_chart(Spec(title=key, unit="", series={key: "value"}), rows, keys, None) for key in rest]
     if others:
         charts = sections.pop()[1] if sections and sections[-1][0] == "Time" else []
         name = "Time and other metrics" if charts else "Other metrics"
@@ -67,9 +65,7 @@ def _fill(spec: Spec, keys: list[str]) -> Spec:
     if not spec.prefix:
         return spec
     found = [key for key in keys if key.startswith(spec.prefix) and key not in TOTAL_TIME_KEYS]
-    return replace(
-        spec, series={key: key.removeprefix(spec.prefix).replace("_", " ") for key in found}
-    )
+    return replace(spec, series={key: key.removeprefix(spec.prefix).replace("_", " ") for key in found})
 
 
 def _chart(spec: Spec, rows: list[Row], keys: list[str], limit: float | None) -> Chart | None:
@@ -80,15 +76,10 @@ def _chart(spec: Spec, rows: list[Row], keys: list[str], limit: float | None) ->
     per_bin = -(-len(rows) // (MAX_BARS if spec.stacked else MAX_POINTS))
     bins = [rows[i : i + per_bin] for i in range(0, len(rows), per_bin)]
     steps = [float(bin_[-1]["step"]) for bin_ in bins]
-    columns = {
-        key: _column(bins, key, max if key in PEAK_KEYS else statistics.fmean) for key in present
-    }
+    columns = {key: _column(bins, key, max if key in PEAK_KEYS else statistics.fmean) for key in present}
     if spec.stacked:  # the largest phase at the foot
         columns = dict(sorted(columns.items(), key=lambda item: -sum(v or 0 for v in item[1])))
-    if (
-        all(value == 0 for column in columns.values() for value in column)
-        and spec.title == "Length bonus"
-    ):
+    if all(value == 0 for column in columns.values() for value in column) and spec.title == "Length bonus":
         return None
     window = 0 if spec.exact or spec.stacked else _window(len(steps))
     lines = [
@@ -163,9 +154,7 @@ def _window(num_points: int) -> int:
 def _smooth(values: Sequence[float | None], window: int) -> Values:
     smooth: Values = []
     for i, value in enumerate(values):
-        reach = min(
-            window // 2, i, len(values) - 1 - i
-        )  # narrower at the ends, so that it is never one-sided
+        reach = min(window // 2, i, len(values) - 1 - i)  # narrower at the ends, so that it is never one-sided
         near = [v for v in values[i - reach : i + reach + 1] if v is not None]
         smooth.append(None if value is None else statistics.fmean(near))
     return smooth
@@ -181,9 +170,7 @@ def _note(spec: Spec, per_bin: int, columns: dict[str, Values], band: bool) -> s
     return " ".join(parts)
 
 
-def _summary(
-    spec: Spec, labels: dict[str, str], columns: dict[str, Values], steps: list[float]
-) -> str:
+def _summary(spec: Spec, labels: dict[str, str], columns: dict[str, Values], steps: list[float]) -> str:
     parts = []
     for key, column in columns.items():
         known = [v for v in column if v is not None]
@@ -191,9 +178,7 @@ def _summary(
             f"{labels[key]}: first {svg.fmt(known[0])}, last {svg.fmt(known[-1])}, "
             f"least {svg.fmt(min(known))}, greatest {svg.fmt(max(known))}"
         )
-    return f"{spec.title}, {spec.unit}, steps {steps[0]:.0f} to {steps[-1]:.0f}. " + "; ".join(
-        parts
-    )
+    return f"{spec.title}, {spec.unit}, steps {steps[0]:.0f} to {steps[-1]:.0f}. " + "; ".join(parts)
 
 
 def _last(column: Values) -> float | None:

@@ -96,9 +96,7 @@ def _choose_files(run: Run) -> list[tuple[str, Path]]:
     return mixed[:MAX_FILES]
 
 
-def _fit(
-    packed: list[tuple[dict[str, Any], list[tuple[dict[str, Any], int]]]], max_bytes: int
-) -> int:
+def _fit(packed: list[tuple[dict[str, Any], list[tuple[dict[str, Any], int]]]], max_bytes: int) -> int:
     """Round-robin over the files: the k-th group of each, until the budget is spent."""
     shown, used = 0, 0
     for k in range(max((len(groups) for _, groups in packed), default=0)):
@@ -113,9 +111,7 @@ def _fit(
     return shown
 
 
-def _pack_step(
-    kind: str, record: StepRollouts
-) -> tuple[dict[str, Any], list[tuple[dict[str, Any], int]]]:
+def _pack_step(kind: str, record: StepRollouts) -> tuple[dict[str, Any], list[tuple[dict[str, Any], int]]]:
     dialogues = {dialogue.uid: dialogue for dialogue in record.dialogues}
     step: dict[str, Any] = {
         "kind": kind,
@@ -173,8 +169,7 @@ def _pack_reply(reply: Reply) -> dict[str, Any]:
         "text": reply.text,
         "gen": _pack_generation(reply.generation),
         "marks": [
-            ["unknown" if v.met is None else "met" if v.met else "unmet", v.explanation]
-            for v in reply.verdicts
+            ["unknown" if v.met is None else "met" if v.met else "unmet", v.explanation] for v in reply.verdicts
         ],
         "rubric": _short(reply.rubric_reward),
         "length": _short(reply.length_reward),

@@ -73,9 +73,7 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _with_evaluations(
-    rows: list[dict[str, Any]], rewards: dict[int, float]
-) -> list[dict[str, Any]]:
+def _with_evaluations(rows: list[dict[str, Any]], rewards: dict[int, float]) -> list[dict[str, Any]]:
     """Rows, with the evaluations that have a file but no number in the metrics."""
     by_step = {row["step"]: row for row in rows}
     for step, reward in rewards.items():
@@ -89,11 +87,7 @@ def _header(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
     status, config = run.status, run.config
     state = str(status.get("state") or "unknown")
     learner, rollout = config.get("learner", {}), config.get("rollout", {})
-    engines = (
-        f"{len(rollout['urls'])} given"
-        if rollout.get("urls")
-        else f"{rollout.get('servers', 1)} started here"
-    )
+    engines = f"{len(rollout['urls'])} given" if rollout.get("urls") else f"{rollout.get('servers', 1)} started here"
     machine = status.get("machine")
     facts = {
         "Model": _get(config, "model", "path"),
@@ -125,9 +119,7 @@ def _tiles(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     if len(held) > 1:
         (first, before), (last, after) = held[0], held[-1]
         change = f"{after - before:+.3f} from step {first} to {last}"
-        tiles.append(
-            {"name": "Held-out reward", "value": f"{before:.3f} \u2192 {after:.3f}", "sub": change}
-        )
+        tiles.append({"name": "Held-out reward", "value": f"{before:.3f} \u2192 {after:.3f}", "sub": change})
     elif held:
         tiles.append(
             {
@@ -141,22 +133,16 @@ def _tiles(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
         part = max(1, len(train) // 5)
         ends = [math.fsum(v for _, v in some) / part for some in (train[:part], train[-part:])]
         sub = "first and last step" if part == 1 else f"means of the first and last {part} steps"
-        tiles.append(
-            {"name": "Training reward", "value": f"{ends[0]:.3f} \u2192 {ends[1]:.3f}", "sub": sub}
-        )
+        tiles.append({"name": "Training reward", "value": f"{ends[0]:.3f} \u2192 {ends[1]:.3f}", "sub": sub})
     worst = max(_series(rows, "mismatch/max_abs"), key=lambda item: item[1], default=None)
     if worst is not None:
         limit = _number(run.config.get("mismatch_limit"))
-        sub = f"max |log-prob difference|, step {worst[0]}" + (
-            f"; limit {fmt(limit)}" if limit else ""
-        )
+        sub = f"max |log-prob difference|, step {worst[0]}" + (f"; limit {fmt(limit)}" if limit else "")
         tiles.append({"name": "Rollout/learner mismatch", "value": fmt(worst[1]), "sub": sub})
     planned = run.config.get("steps")
     done = str(len(train)) + (f" / {planned}" if planned else "")
     tokens = sum(value for _, value in _series(rows, "tokens/trained"))
-    tiles.append(
-        {"name": "Steps", "value": done, "sub": f"{fmt(tokens)} tokens trained" if tokens else ""}
-    )
+    tiles.append({"name": "Steps", "value": done, "sub": f"{fmt(tokens)} tokens trained" if tokens else ""})
     seconds = _elapsed(run)
     if seconds is not None:
         name = "Total time" if run.status.get("ended") else "Time to the last step"
@@ -167,14 +153,8 @@ def _tiles(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 def _step_time(rows: list[dict[str, Any]]) -> str:
     sums = []
     for row in rows:
-        times = [
-            v
-            for k, v in row.items()
-            if k.startswith("time/") and k not in ("time/step", "time/total")
-        ]
-        total = _number(row.get("time/step")) or math.fsum(
-            v for v in times if isinstance(v, int | float)
-        )
+        times = [v for k, v in row.items() if k.startswith("time/") and k not in ("time/step", "time/total")]
+        total = _number(row.get("time/step")) or math.fsum(v for v in times if isinstance(v, int | float))
         if total and row.get("reward/mean") is not None:
             sums.append(total)
     return f"median step {_duration(sorted(sums)[len(sums) // 2])}" if sums else ""
@@ -190,10 +170,7 @@ def _drops(run: Run, sample: Sample) -> list[dict[str, Any]]:
     ]
     if not found:  # an older or cut run: what its rollout files say
         found = [
-            (s["step"], reason, n)
-            for s in sample.steps
-            if s["kind"] == "train"
-            for reason, n in s["drops"].items()
+            (s["step"], reason, n) for s in sample.steps if s["kind"] == "train" for reason, n in s["drops"].items()
         ]
     for step, reason, value in found:
         count = _number(value)
@@ -214,11 +191,7 @@ def _recipe(config: dict[str, Any]) -> list[dict[str, Any]]:
     defaults = Recipe.model_validate({}).model_dump()
     top = {key: value for key, value in config.items() if not isinstance(value, dict)}
     groups = [("run", top, defaults)]
-    groups += [
-        (key, value, defaults.get(key) or {})
-        for key, value in config.items()
-        if isinstance(value, dict)
-    ]
+    groups += [(key, value, defaults.get(key) or {}) for key, value in config.items() if isinstance(value, dict)]
     return [
         {
             "name": name,
@@ -289,8 +262,4 @@ def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes} min {rest:02d} s"
-        if minutes < 100
-        else f"{minutes // 60} h {minutes % 60:02d} min"
-    )
+    return f"{minutes} min {rest:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -40,10 +40,7 @@ def load_run(folder: Path) -> Run:
         problems.append(f"{METRICS_FILE}: {num_bad} unreadable line(s) left out")
     by_step = {row["step"]: row for row in raw_rows}
     if len(by_step) < len(raw_rows):
-        problems.append(
-            f"{METRICS_FILE}: {len(raw_rows) - len(by_step)} row(s) of a repeated step; "
-            "the last counts"
-        )
+        problems.append(f"{METRICS_FILE}: {len(raw_rows) - len(by_step)} row(s) of a repeated step; the last counts")
     return Run(
         folder=folder,
         config=_read_config(folder / "config.toml", problems),

@@ -67,9 +67,7 @@ def draw(plot: Plot) -> tuple[str, float, float]:
     pad = 14.0 if plot.stacked else 6.0
     first, last = min(plot.steps), max(plot.steps)
     half = 0.5 if first == last else 0.0
-    x = Axis(
-        low=first - half, high=last + half, first_px=LEFT + pad, last_px=plot.width - RIGHT - pad
-    )
+    x = Axis(low=first - half, high=last + half, first_px=LEFT + pad, last_px=plot.width - RIGHT - pad)
     label, right = escape(plot.summary, quote=True), plot.width - RIGHT
     parts = [
         f'<svg viewBox="0 0 {plot.width} {HEIGHT}" role="img" aria-label="{label}">',
@@ -83,15 +81,10 @@ def draw(plot: Plot) -> tuple[str, float, float]:
     if plot.limit is not None and y.low <= plot.limit <= y.high:
         at = y(plot.limit)
         parts.append(f'<line class="limit" x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(
-            f'<text class="limit-label" x="{right}" y="{at - 5:.1f}">limit {fmt(plot.limit)}</text>'
-        )
+        parts.append(f'<text class="limit-label" x="{right}" y="{at - 5:.1f}">limit {fmt(plot.limit)}</text>')
     if plot.end_labels:
         parts.append(_end_labels(plot, x, y))
-    parts.append(
-        f'<line class="cursor" x1="0" x2="0" y1="{TOP}" y2="{HEIGHT - BOTTOM}" '
-        'visibility="hidden"/></svg>'
-    )
+    parts.append(f'<line class="cursor" x1="0" x2="0" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg>')
     return "".join(parts), x(first), x(last)
 
 
@@ -188,18 +181,13 @@ def tick_texts(values: Sequence[float], log: bool) -> list[str]:
 
 
 def _path(steps: Sequence[float], points: Points, x: Axis, y: Axis) -> str:
-    return " ".join(
-        f"{x(s):.1f},{y(v):.1f}" for s, v in zip(steps, points, strict=True) if v is not None
-    )
+    return " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in zip(steps, points, strict=True) if v is not None)
 
 
 def _areas(plot: Plot, x: Axis, y: Axis) -> str:
     parts = []
     if plot.range is not None:
-        parts += [
-            f'<polyline class="range" points="{_path(plot.steps, edge, x, y)}"/>'
-            for edge in plot.range
-        ]
+        parts += [f'<polyline class="range" points="{_path(plot.steps, edge, x, y)}"/>' for edge in plot.range]
     if plot.band is not None:
         upper = _path(plot.steps, plot.band[1], x, y)
         lower = _path(plot.steps[::-1], plot.band[0][::-1], x, y)
@@ -250,7 +238,6 @@ def _end_labels(plot: Plot, x: Axis, y: Axis) -> str:
             at = y(value)
             above = at - 9 if at > TOP + 22 else at + 19
             parts.append(
-                f'<text class="value" text-anchor="{anchor}" x="{x(step):.1f}" y="{above:.1f}">'
-                f"{fmt(value)}</text>"
+                f'<text class="value" text-anchor="{anchor}" x="{x(step):.1f}" y="{above:.1f}">{fmt(value)}</text>'
             )
     return "".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from m2train.config import Recipe
 from m2train.records import Dialogue, Turn
@@ -33,7 +34,7 @@ async def run_dialogue(
         Turn(role="system", text=recipe.rollout.system_prompt, token_ids=chat.open(recipe.rollout.system_prompt)),
         Turn(role="patient", text=opening.text, token_ids=chat.patient(opening.text), state=opening.state),
     ]
-    end_reason = "max_turns"
+    end_reason: Literal["gate", "max_turns", "max_tokens"] = "max_turns"
     for index in range(rounds):
         prompt = context_ids(turns)
         if len(prompt) > recipe.rollout.max_context_tokens:
@@ -48,9 +49,7 @@ async def run_dialogue(
         if answer is None:
             end_reason = "gate"
             break
-        turns.append(
-            Turn(role="patient", text=answer.text, token_ids=chat.patient(answer.text), state=answer.state)
-        )
+        turns.append(Turn(role="patient", text=answer.text, token_ids=chat.patient(answer.text), state=answer.state))
     return Dialogue(uid=uid, case_id=case.id, seed=seed, turns=turns, end_reason=end_reason)
 
 

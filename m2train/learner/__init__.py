@@ -1,0 +1,1 @@
+"""The learner: Megatron-core in ranks under torchrun, driven by the controller through the run directory."""

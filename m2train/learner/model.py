@@ -1,0 +1,250 @@
+"""Megatron's GPTModel for the Llama, Qwen2 and Qwen3 families, with our head in place of the full logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional as F
+
+from m2train.config import ConfigError, Recipe
+from m2train.learner import cpu_compat
+from m2train.learner.attention import PackedRows, packed_rows
+from m2train.learner.head import linear_logprob
+from m2train.learner.hf import stage_entries
+from m2train.learner.hf_config import HfModel
+from m2train.learner.spec import layer_spec, use_transformer_engine
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# TransformerConfig fields that a recipe sets elsewhere; `[megatron]` may not.
+_OWNED = {
+    "tensor_model_parallel_size": "learner.tp",
+    "pipeline_model_parallel_size": "learner.pp",
+    "sequence_parallel": "learner.sequence_parallel",
+    "params_dtype": "learner.dtype",
+    "pipeline_dtype": "learner.dtype",
+    "bf16": "learner.dtype",
+    "recompute_granularity": "learner.recompute",
+}
+_FIXED = {
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "calculate_per_token_loss",
+    "variable_seq_lengths",
+    "finalize_model_grads_func",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "defer_embedding_wgrad_compute",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadRows:
+    """Where the loss lives in a packed micro-batch."""
+
+    rows: torch.Tensor
+    """int64 [M]: packed rows whose next token is scored"""
+    target: torch.Tensor
+    """int64 [M]: that next token"""
+    temperature: float
+    vocab_size: int
+
+
+def transformer_config(model: HfModel, recipe: Recipe) -> TransformerConfig:
+    """Megatron's configuration for a model under a recipe.
+
+    Raises:
+        ConfigError: a key of `[megatron]` is unknown, or is set by another part of the recipe.
+    """
+    learner = recipe.learner
+    dtype = DTYPES[learner.dtype]
+    fused = torch.cuda.is_available()
+    settings: dict[str, Any] = {
+        "num_layers": model.layers,
+        "hidden_size": model.hidden,
+        "ffn_hidden_size": model.ffn,
+        "num_attention_heads": model.heads,
+        "num_query_groups": model.kv_heads,
+        "kv_channels": model.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": model.qkv_bias,
+        "qk_layernorm": model.qk_norm,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": learner.tp,
+        "pipeline_model_parallel_size": learner.pp,
+        "sequence_parallel": learner.sequence_parallel and learner.tp > 1,
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",  # no experts here, but the default refuses variable lengths
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "calculate_per_token_loss": True,  # no division by micro-batches and DP ranks: the loss brings its own
+        "deallocate_pipeline_outputs": True,
+        "perform_initialization": False,
+        "use_cpu_initialization": not fused,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": fused,
+        "use_te_activation_func": not fused,  # not TE's: the switch for an activation module, see spec.SwiGlu
+        "bias_dropout_fusion": fused,
+        "persist_layer_norm": False,
+        "apply_rope_fusion": use_transformer_engine(),
+    }
+    if learner.recompute:
+        settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    check_megatron_keys(recipe)
+    try:
+        return TransformerConfig(**(settings | recipe.megatron))
+    except (ValueError, TypeError, AssertionError) as err:
+        raise ConfigError(f"TransformerConfig refuses [megatron] {recipe.megatron}: {err}") from err
+
+
+def check_megatron_keys(recipe: Recipe) -> None:
+    """Refuse keys of `[megatron]` that TransformerConfig does not have or the recipe sets elsewhere.
+
+    Raises:
+        ConfigError: with the nearest known key, or where to set it.
+    """
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    for key in recipe.megatron:
+        if key in _OWNED:
+            raise ConfigError(f"megatron.{key} is set by {_OWNED[key]}; use that")
+        if key in _FIXED:
+            raise ConfigError(f"megatron.{key} cannot be set: the learner depends on its own value")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; did you mean megatron.{near[0]}?" if near else ""
+            raise ConfigError(f"unknown key megatron.{key}: TransformerConfig has no such field{hint}")
+
+
+def build_model(model: HfModel, recipe: Recipe) -> PolicyModel:
+    """This rank's pipeline stage and tensor shard, weights not yet filled in."""
+    import megatron.core.pipeline_parallel.schedules  # noqa: F401  (loaded before the stand-ins are placed)
+
+    cpu_compat.apply()
+    config = transformer_config(model, recipe)
+    with cpu_compat.cuda_names():
+        policy = PolicyModel(
+            config=config,
+            transformer_layer_spec=layer_spec(config),
+            vocab_size=model.padded_vocab(recipe.learner.tp),
+            max_sequence_length=model.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=model.tied,
+            position_embedding_type="rope" if use_transformer_engine() else "none",
+            rotary_base=int(model.rope.theta),
+            hf=model,
+        )
+    _mark_shards(policy)
+    return policy
+
+
+def _mark_shards(policy: PolicyModel) -> None:
+    """Tell Megatron which parameters TP divides.
+
+    It does so itself when it initialises weights, which we skip. Without the mark the gradient norm counts a sharded
+    parameter on the first TP rank only, and clipping goes wrong (tensor_parallel/layers.py:94 of 0.16.1).
+    """
+    parameters = dict(policy.named_parameters())
+    for entry in stage_entries(policy.hf, parameters):
+        axis, parameter = entry.pieces[0].axis, parameters[entry.parameter]
+        if axis is not None and not getattr(parameter, "tensor_model_parallel", False):
+            set_tensor_model_parallel_attributes(parameter, True, axis, 1)
+
+
+class PolicyModel(GPTModel):
+    """GPTModel whose last stage returns (log-prob, entropy) at chosen rows instead of logits.
+
+    From 0.18 on GPTModel.forward takes an `output_processor` that is handed the hidden states. Before, `_postprocess`
+    is overridden. Which of the two is used depends on the signature only.
+
+    Args:
+        hf: the model's shape.
+        **kwargs: GPTModel's.
+    """
+
+    def __init__(self, *, hf: HfModel, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.hf = hf
+        device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+        self.inverse_frequencies = hf.rope.inverse_frequencies(hf.head_dim).to(device)
+        if hasattr(self, "rotary_pos_emb"):  # Transformer Engine path: same frequencies, Megatron applies them
+            self.rotary_pos_emb.inv_freq = self.inverse_frequencies
+        self._head_rows: HeadRows | None = None
+
+    def pack(self, lengths: list[int]) -> PackedRows:
+        """Packing description of sequences of these lengths."""
+        return packed_rows(lengths, self.inverse_frequencies, self.config.params_dtype)
+
+    def score(self, tokens: torch.Tensor, packed: PackedRows, head: HeadRows, *, through: torch.nn.Module) -> Any:
+        """Forward of `tokens [1, T]`: (logp, entropy) f32[M] on the last stage, hidden states before it.
+
+        Args:
+            through: this model or the DDP wrapper around it, which is the one called.
+        """
+        inputs = {"input_ids": tokens, "position_ids": None, "attention_mask": None, "packed_seq_params": packed}
+        if takes_output_processor(type(self)):
+            return through(**inputs, output_processor=self._process_output, output_processor_context=head)
+        self._head_rows = head
+        try:
+            return through(**inputs)
+        finally:
+            self._head_rows = None
+
+    def _process_output(
+        self, *, hidden_states: torch.Tensor, context: HeadRows, **_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.head(hidden_states, context)
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._head_rows is None:
+            return super()._postprocess(hidden_states, *args, **kwargs)
+        return self.head(hidden_states, self._head_rows) if self.post_process else hidden_states
+
+    def head(self, hidden: torch.Tensor, head: HeadRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logp, entropy) from the last layer's `[T, 1, D]`, or `[T / tp, 1, D]` under sequence parallelism."""
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        assert weight is not None
+        return linear_logprob(
+            hidden[:, 0],
+            weight,
+            head.target,
+            rows=head.rows,
+            temperature=head.temperature,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            vocab_start=weight.shape[0] * parallel_state.get_tensor_model_parallel_rank(),
+            vocab_size=head.vocab_size,
+        )
+
+
+def takes_output_processor(model_class: type[Any]) -> bool:
+    """Whether this GPTModel's forward has the hook that replaces overriding `_postprocess`."""
+    return "output_processor" in inspect.signature(model_class.forward).parameters

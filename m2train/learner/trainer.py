@@ -1,0 +1,285 @@
+"""One rank of the learner: Megatron's model, optimizer and pipeline schedule around our loss."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import distributed as dist
+
+import m2kernels as mk
+from m2train.config import AlgoConfig, Recipe
+from m2train.learner import checkpoint, cpu_compat, optimizer_fixes
+from m2train.learner.batch import MicroBatch, TrainBatch, build_micro_batch, plan_micro_batches
+from m2train.learner.hf import export_weights, import_weights
+from m2train.learner.hf_config import read_hf_config
+from m2train.learner.metrics import step_metrics
+from m2train.learner.model import DTYPES, HeadRows, build_model
+from m2train.learner.parallel import device, gather_to_first, is_scoring_rank, start_model_parallel
+from m2train.learner.schedule import learning_rate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """What the last stage has to say about one micro-batch; all on the CPU."""
+
+    members: list[int]
+    logp: torch.Tensor
+    """f32[M], the members' reply tokens one after another"""
+    entropy: float
+    """summed over the tokens"""
+    loss: float
+    metrics: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """Of one optimizer step, whole on rank 0; elsewhere both are empty."""
+
+    metrics: dict[str, float]
+    logp: list[torch.Tensor]
+    """f32[reply] per sample, before the update"""
+
+
+class Trainer:
+    """Model, optimizer and schedule of this rank. Every method is a collective of all ranks.
+
+    Args:
+        recipe: learner and algo sections are used.
+        model_dir: Hugging Face folder; config and, without a checkpoint, weights.
+        resume: a checkpoint folder to load.
+        control: gloo group for results; None: the default group.
+
+    Raises:
+        ConfigError: layout, model or `[megatron]` settings that cannot be.
+    """
+
+    def __init__(
+        self, recipe: Recipe, model_dir: Path, resume: Path | None = None, control: dist.ProcessGroup | None = None
+    ) -> None:
+        self.recipe = recipe
+        self.hf = read_hf_config(model_dir)
+        recipe.check_model(self.hf.heads, self.hf.kv_heads, self.hf.layers, self.hf.max_positions)
+        self.update = 0
+        """Optimizer steps done."""
+        self.control = control
+        start_model_parallel(recipe)
+        self.policy = build_model(self.hf, recipe)
+        import_weights(self.hf, self.parameters(), model_dir)
+        self.ddp = _wrap(self.policy)
+        self.optimizer = _build_optimizer(self.ddp, recipe)
+        self.policy.config.finalize_model_grads_func = finalize_model_grads
+        self._spec = loss_spec(recipe.algo)
+        cpu_compat.apply()  # modules that came in with DDP and the optimizer
+        if resume is not None:
+            checkpoint.load(self, resume)
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """This rank's parameters by Megatron's names."""
+        return dict(self.policy.named_parameters())
+
+    def train_step(self, batch: TrainBatch) -> StepResult:
+        """Forward, backward and one optimizer step.
+
+        Raises:
+            FloatingPointError: loss or gradient norm is not finite.
+        """
+        started = time.perf_counter()
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        with _range("forward_backward"):
+            scored, plan = self._run(batch, train=True)
+        forward_done = time.perf_counter()
+        rate = learning_rate(self.update, self.recipe.steps * self.recipe.algo.updates_per_step, self.recipe.learner)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_mult", 1.0)
+        with _range("optimizer"), cpu_compat.cuda_names():
+            _, norm, _ = self.optimizer.step()
+        self.update += 1
+        norm = float(norm)
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"gradient norm is {norm} at update {self.update}; weights are no longer usable")
+        timing = {
+            "learner/forward_backward_s": forward_done - started,
+            "learner/optimizer_s": time.perf_counter() - forward_done,
+        }
+        everything = [s for found in gather_to_first(scored, self.control) for s in found]
+        if dist.get_rank() != 0:
+            return StepResult(metrics={}, logp=[])
+        logp = _by_sample(batch, everything)
+        metrics = step_metrics(batch, logp, everything, plan, self.recipe)
+        metrics |= {"learner/grad_norm": norm, "learner/lr": rate, **timing}
+        return StepResult(metrics=metrics, logp=logp)
+
+    def train(self, batches: list[TrainBatch]) -> list[StepResult]:
+        """One optimizer step per batch, all on rollouts of the weights as they are now.
+
+        The old log-probs of later batches are computed before the first update. The first batch is on-policy: its
+        ratio is one, so it needs none.
+        """
+        known = [batches[0]] if batches else []
+        for batch in batches[1:]:
+            if batch.samples[0].old_logp is None:
+                old = _share(self.logprobs(batch), self.control)
+                samples = [replace(s, old_logp=o) for s, o in zip(batch.samples, old, strict=True)]
+                batch = replace(batch, samples=samples)
+            known.append(batch)
+        return [self.train_step(batch) for batch in known]
+
+    def logprobs(self, batch: TrainBatch) -> list[torch.Tensor]:
+        """Log-probs of the replies under the current weights, on rank 0; [] elsewhere."""
+        self.ddp.eval()
+        with _range("logprobs"), torch.no_grad():
+            scored, _ = self._run(batch, train=False)
+        everything = [s for found in gather_to_first(scored, self.control) for s in found]
+        return _by_sample(batch, everything) if dist.get_rank() == 0 else []
+
+    def export(self, path: Path, dtype: str) -> dict[str, float]:
+        """Write the weights as one Hugging Face safetensors file; seconds and bytes on rank 0."""
+        started = time.perf_counter()
+        with _range("export"):
+            facts = export_weights(self.hf, self.parameters(), path, DTYPES[dtype])
+        return facts | {"seconds": time.perf_counter() - started} if facts else {}
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint: weights, optimizer, schedule, RNG."""
+        with _range("save"):
+            checkpoint.save(self, path)
+
+    def _run(self, batch: TrainBatch, *, train: bool) -> tuple[list[Scored] | None, list[list[list[int]]]]:
+        plan = plan_micro_batches([s.token_ids.numel() for s in batch.samples], self.recipe, self.hf.hidden)
+        mine = plan[parallel_state.get_data_parallel_rank()]
+        multiple = self.recipe.learner.tp if self.policy.config.sequence_parallel else 1
+        micros = [build_micro_batch(batch, members, multiple, device()) for members in mine]
+        schedule = get_forward_backward_func()
+        found: list[Scored] = schedule(
+            forward_step_func=partial(self._forward, batch, train),
+            data_iterator=iter(list(enumerate(micros))),
+            model=self.ddp,
+            num_microbatches=len(micros),
+            seq_length=max(m.tokens.shape[1] for m in micros),
+            micro_batch_size=1,
+            forward_only=not train,
+        )
+        return (found if is_scoring_rank() else None), plan
+
+    def _forward(self, batch: TrainBatch, train: bool, data: Iterator[tuple[int, MicroBatch]], _: Any) -> Any:
+        index, micro = next(data)
+        head = HeadRows(rows=micro.rows, target=micro.target, temperature=batch.temperature, vocab_size=self.hf.vocab)
+        out = self.policy.score(micro.tokens, self.policy.pack(micro.lengths), head, through=self.ddp)
+        return out, partial(self._loss, batch, train, index, micro)
+
+    def _loss(
+        self, batch: TrainBatch, train: bool, index: int, micro: MicroBatch, out: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, Scored]:
+        logp, entropy = out
+        metrics: dict[str, torch.Tensor] = {}
+        if train and micro.members:
+            result = mk.policy_loss(
+                logp,
+                micro.old_logp,
+                micro.advantage,
+                micro.seq,
+                denom=batch.denom,
+                spec=self._spec,
+                entropy=entropy if self._spec.entropy_coef else None,
+                rollout_logp=micro.rollout_logp,
+            )
+            loss = result.loss
+            metrics = {name: value.detach().cpu() for name, value in result.metrics.items()}
+        else:  # a dummy still takes part in the backward, so that all ranks issue the same collectives
+            loss = logp.sum() * 0.0
+        # Gradients are summed over micro-batches and DP ranks, then divided by the total of these counts: one.
+        share = int(index == 0 and parallel_state.get_data_parallel_rank() == 0)
+        count = torch.tensor(share, dtype=torch.int, device=logp.device)
+        scored = Scored(
+            members=micro.members,
+            logp=logp.detach().cpu(),
+            entropy=float(entropy.detach().sum()),
+            loss=float(loss.detach()),
+            metrics=metrics,
+        )
+        if train and not math.isfinite(scored.loss):
+            raise FloatingPointError(f"loss is {scored.loss} in micro-batch {index} of update {self.update}")
+        return loss, count, scored
+
+
+def loss_spec(algo: AlgoConfig) -> mk.LossSpec:
+    """The loss of a recipe."""
+    return mk.LossSpec(
+        kind=algo.kind,
+        clip_low=algo.clip_low,
+        clip_high=algo.clip_high,
+        dual_clip=algo.dual_clip,
+        entropy_coef=algo.entropy_coef,
+        tis_cap=algo.tis_cap,
+        tis_level=algo.tis_level,
+    )
+
+
+def _wrap(policy: torch.nn.Module) -> DistributedDataParallel:
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+    )
+    return DistributedDataParallel(policy.config, config, policy)
+
+
+def _build_optimizer(ddp: DistributedDataParallel, recipe: Recipe) -> Any:
+    learner = recipe.learner
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=learner.lr,
+        min_lr=learner.min_lr,
+        weight_decay=learner.weight_decay,
+        adam_beta1=learner.beta1,
+        adam_beta2=learner.beta2,
+        adam_eps=learner.eps,
+        clip_grad=learner.clip_grad or math.inf,  # at 0 Megatron would not even compute the norm
+        bf16=learner.dtype == "bfloat16",
+        params_dtype=DTYPES[learner.dtype],
+        use_distributed_optimizer=True,
+    )
+    with cpu_compat.cuda_names():
+        optimizer = get_megatron_optimizer(config, [ddp])
+    optimizer_fixes.tolerate_missing_step(optimizer)
+    optimizer_fixes.prepare_state(optimizer)
+    optimizer_fixes.fuse_on_cpu(optimizer)
+    return optimizer
+
+
+def _by_sample(batch: TrainBatch, scored: list[Scored]) -> list[torch.Tensor]:
+    found: dict[int, torch.Tensor] = {}
+    for one in scored:
+        sizes = [batch.samples[i].reply_length for i in one.members]
+        found |= dict(zip(one.members, one.logp.split(sizes), strict=True))
+    return [found[i] for i in range(len(batch.samples))]
+
+
+def _share(logp: list[torch.Tensor], group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+    box = [logp]
+    dist.broadcast_object_list(box, src=0, group=group)
+    return box[0]
+
+
+@contextmanager
+def _range(name: str) -> Iterator[None]:
+    """An NVTX range, if the package is there."""
+    try:
+        import nvtx
+    except ImportError:
+        yield
+        return
+    with nvtx.annotate(f"learner/{name}", domain="m2"):
+        yield

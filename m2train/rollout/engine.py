@@ -1,0 +1,303 @@
+"""The rollout engines of a run: started here or given by URL, kept alive, kept at one weight version."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from m2train.config import Recipe
+from m2train.models import model_shape
+from m2train.records import Generation
+from m2train.rollout.client import EngineClient, EngineError, EngineLost
+from m2train.rollout.server import ServerProcess, ServerSpec, check_options, on_cpu
+from m2train.sync import FileSync
+
+__all__ = ["EngineError", "EngineLost", "EnginePool"]
+
+_BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+class _Slot:
+    """One engine: its client, its process if we started it, and how often it was started again."""
+
+    def __init__(self, index: int, spec: ServerSpec | None, url: str = "") -> None:
+        self.index = index
+        self.spec = spec
+        self.url = url
+        self.process: ServerProcess | None = None
+        self.client: EngineClient | None = None
+        self.sync: FileSync | None = None
+        self.lock = asyncio.Lock()
+        self.life = 0
+        """Counts starts: a request that failed in an earlier life need not start the engine again."""
+        self.in_flight = 0
+
+    def ready(self) -> EngineClient:
+        if self.client is None:
+            raise AssertionError("EnginePool.start() must come first")
+        return self.client
+
+
+class EnginePool:
+    """All engines as one: `generate` survives a dead engine, `update_weights` reaches every engine.
+
+    Args:
+        recipe: its `rollout` and `vllm` sections.
+        model: Hugging Face folder that the engines start from.
+        run_dir: logs go to `logs/vllm_<i>.log` in it.
+        stop_token_ids: ids that end a reply besides the model's own end-of-sequence.
+        version: name of the weights in `model`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: Path,
+        run_dir: Path,
+        *,
+        stop_token_ids: Sequence[int] = (),
+        version: str = "initial",
+    ) -> None:
+        check_options(recipe.vllm)
+        self._recipe = recipe
+        self._stop = tuple(stop_token_ids)
+        self._version = version
+        self._source: tuple[Path, tuple[int, int, int]] | None = None
+        self._gate = asyncio.Semaphore(recipe.rollout.concurrency)
+        self.restarts = 0
+        """Engines started again so far, over the whole pool."""
+        if recipe.rollout.urls:
+            self._slots = [_Slot(i, None, url) for i, url in enumerate(recipe.rollout.urls)]
+        else:
+            specs = _specs(recipe, model, run_dir)
+            self._slots = [_Slot(i, spec) for i, spec in enumerate(specs)]
+
+    @property
+    def version(self) -> str:
+        """Version of the weights that every engine holds."""
+        return self._version
+
+    @property
+    def urls(self) -> list[str]:
+        """Base URLs of the engines (after `start`)."""
+        return [slot.ready().url for slot in self._slots]
+
+    @property
+    def pids(self) -> list[int]:
+        """Leaders of the sessions of the started engines."""
+        return [slot.process.pid for slot in self._slots if slot.process is not None]
+
+    async def start(self) -> None:
+        """Start or reach every engine, and check that each can do what training needs.
+
+        Raises:
+            EngineError: one line with the cause; nothing is left running.
+        """
+        tasks = [asyncio.ensure_future(self._open(slot)) for slot in self._slots]
+        try:
+            await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.close()
+            raise
+
+    async def __aenter__(self) -> EnginePool:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End every engine that was started here, with all its children."""
+        await asyncio.gather(*(self._shut(slot, grace=True) for slot in self._slots))
+
+    async def generate(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+        seed: int,
+        affinity: str = "",
+    ) -> Generation:
+        """Sample one continuation; temperature 0 is greedy.
+
+        A request whose engine dies is repeated with the same seed on the restarted engine, which has the current
+        weights by then: a run goes on and no dialogue is lost.
+
+        Args:
+            prompt_ids: the whole prompt.
+            max_tokens: longest continuation.
+            temperature: softmax temperature.
+            top_p: nucleus.
+            seed: of this request.
+            affinity: requests with the same key go to the same engine, whose prefix cache holds their past.
+
+        Raises:
+            EngineError: refused request, time-out, or an engine that cannot be kept alive.
+        """
+        slot = self._pick(affinity)
+        async with self._gate:
+            slot.in_flight += 1
+            try:
+                for attempt in range(len(_BACKOFF_S) + self._recipe.rollout.max_restarts + 1):
+                    life = slot.life
+                    try:
+                        return await slot.ready().generate(
+                            prompt_ids, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+                        )
+                    except EngineLost as err:
+                        await self._revive(slot, life, err, attempt)
+                raise EngineError(f"{slot.ready().url} kept failing one request; see its log")
+            finally:
+                slot.in_flight -= 1
+
+    async def update_weights(self, source: Path, version: str) -> dict[str, float]:
+        """Load a safetensors file into every engine under a new version name.
+
+        Args:
+            source: readable by the engines; must stay as it is until the next update (a restarted engine reads it).
+            version: never used before in this run.
+
+        Returns:
+            `transfer_s`, `load_s`, `total_s`: the slowest engine's.
+
+        Raises:
+            EngineError: missing file, or an engine that cannot take it.
+            SyncError: an engine that took it and does not run on it.
+        """
+        self._source, self._version = (source, _identity(source)), version
+        times = await asyncio.gather(*(self._push(slot) for slot in self._slots))
+        return {name: max(row[name] for row in times) for name in times[0]}
+
+    def _pick(self, affinity: str) -> _Slot:
+        if affinity:
+            return self._slots[zlib.crc32(affinity.encode()) % len(self._slots)]
+        return min(self._slots, key=lambda slot: slot.in_flight)
+
+    async def _open(self, slot: _Slot) -> None:
+        """Start (or reach) the engine of a slot and give it the pool's weights."""
+        rollout = self._recipe.rollout
+        url = slot.url
+        if slot.spec is not None:
+            deadline = time.monotonic() + rollout.start_timeout_s
+            slot.process = await ServerProcess.start(slot.spec, deadline, rollout.request_timeout_s)
+            url = slot.process.url
+        client = EngineClient(url, rollout.request_timeout_s, self._stop)
+        if slot.client is not None:
+            await slot.client.close()
+        slot.client, slot.sync = client, FileSync(client)
+        slot.life += 1
+        if slot.spec is None and not await client.healthy():
+            raise EngineError(f"no vLLM server answers at {url} (rollout.urls); start it, or correct the URL")
+        await client.check()
+        if self._source is None:
+            await client.set_weight_version(self._version)
+        else:
+            await self._publish(slot)
+
+    async def _shut(self, slot: _Slot, *, grace: bool) -> None:
+        process, slot.process = slot.process, None
+        if process is not None:
+            await process.stop(grace=grace)
+        if slot.client is not None and grace:
+            await slot.client.close()
+
+    async def _push(self, slot: _Slot) -> dict[str, float]:
+        for attempt in range(len(_BACKOFF_S)):
+            life = slot.life
+            try:
+                return await self._publish(slot)
+            except EngineLost as err:
+                await self._revive(slot, life, err, attempt)
+        raise EngineError(f"{slot.ready().url} kept failing weight updates; see its log")
+
+    async def _publish(self, slot: _Slot) -> dict[str, float]:
+        if self._source is None or slot.sync is None:
+            raise AssertionError("nothing to publish")
+        path, identity = self._source
+        if _identity(path) != identity:
+            raise EngineError(
+                f"{path} changed after the update to {self._version!r}, and engine {slot.index} needs it again; "
+                "write new weights to a temporary file and rename it just before update_weights"
+            )
+        return await slot.sync.publish(path, self._version)
+
+    async def _revive(self, slot: _Slot, life: int, err: EngineLost, attempt: int) -> None:
+        """Bring an engine back after a lost request: at most one task at a time does it, the others wait for it."""
+        async with slot.lock:
+            if slot.life != life:
+                return
+            if slot.spec is None or await self._transient(slot):
+                if attempt >= len(_BACKOFF_S):
+                    raise EngineError(f"engine {slot.index} gave out: {err}") from err
+                await asyncio.sleep(_BACKOFF_S[attempt])
+                return
+            cause = "" if slot.process is None else slot.process.cause()
+            await self._shut(slot, grace=False)
+            if self.restarts >= self._recipe.rollout.max_restarts:
+                raise EngineError(
+                    f"engine {slot.index} died after {self.restarts} restarts (rollout.max_restarts); "
+                    f"last cause: {cause}"
+                ) from err
+            self.restarts += 1
+            await self._open(slot)
+
+    async def _transient(self, slot: _Slot) -> bool:
+        """Whether a lost request's engine is fine: its process runs and its engine core answers."""
+        for _ in range(5):  # a dying server needs a moment to be seen as dead
+            await asyncio.sleep(0.1)
+            if slot.process is None or not slot.process.alive:
+                return False
+        return await slot.ready().healthy()
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    try:
+        stat = path.stat()
+    except OSError as err:
+        raise EngineError(f"weights file {path}: {err.strerror}; it must stay until the next update") from err
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _specs(recipe: Recipe, model: Path, run_dir: Path) -> list[ServerSpec]:
+    rollout, shape = recipe.rollout, model_shape(model)
+    devices = _devices(rollout.servers, rollout.tensor_parallel)
+    width = 4 if rollout.dtype == "float32" else 2
+    return [
+        ServerSpec(
+            model=model,
+            log=run_dir / "logs" / f"vllm_{i}.log",
+            max_model_len=min(rollout.max_context_tokens + recipe.algo.max_new_tokens, shape.max_positions),
+            max_num_seqs=-(-rollout.concurrency // rollout.servers),
+            kv_bytes_per_token=2 * shape.layers * shape.kv_heads * shape.head_dim * width,
+            dtype=rollout.dtype,
+            tensor_parallel=rollout.tensor_parallel,
+            threads=rollout.threads,
+            devices=devices[i] if devices else None,
+            options=recipe.vllm,
+        )
+        for i in range(rollout.servers)
+    ]
+
+
+def _devices(servers: int, per_server: int) -> list[list[str]] | None:
+    """The last GPUs of the machine go to the engines, the first ones to the learner. Not run on a GPU machine yet."""
+    if on_cpu():
+        return None
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name for name in listed.split(",") if name]
+    if not names:
+        names = [p.name.removeprefix("nvidia") for p in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+    if len(names) < servers * per_server:
+        return None
+    names = names[-servers * per_server :]
+    return [names[i * per_server : (i + 1) * per_server] for i in range(servers)]

@@ -1,0 +1,189 @@
+"""GPU to GPU: vLLM's own nccl weight-transfer engine behind `WeightSync`.
+
+NEVER RUN ON A GPU SO FAR: written against vLLM 0.32's interfaces, which `tests/test_sync_nccl.py` compares by
+signature and drives with fakes. `m2train train` uses the file engine everywhere; use this where learner and
+engines share no disk, or where the file is too slow. Servers need `--weight-transfer-config '{"backend":
+"nccl"}'`, and the publishing process a CUDA device of its own: NCCL refuses two ranks on one GPU.
+
+vLLM's client drives one server. `FanOutClient` drives several as one NCCL group: rank 0 is the publisher, and each
+server's workers follow those of the server before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from m2train.sync.base import SyncError
+
+
+class FanOutClient:
+    """vLLM's four-call control interface over several servers; pauses, resets caches and resumes around an update."""
+
+    def __init__(self, urls: Sequence[str], timeout_s: float) -> None:
+        import httpx
+
+        self.urls = [url.rstrip("/") for url in urls]
+        self.version = ""
+        """Name for the weights of the update in progress (vLLM's trainer does not pass one)."""
+        self._http = httpx.Client(timeout=timeout_s, trust_env=False)
+        self._pool = ThreadPoolExecutor(max_workers=len(self.urls))
+
+    def world_sizes(self) -> list[int]:
+        """GPU workers of each server."""
+        return [int(answer["world_size"]) for answer in self._each("GET", "/get_world_size")]
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Let every server join the NCCL group at its own rank offset; returns when all have joined."""
+        offset, bodies = int(init_info["rank_offset"]), []
+        for size in self.world_sizes():
+            bodies.append({"init_info": {**init_info, "rank_offset": offset}})
+            offset += size
+        self._each("POST", "/init_weight_transfer_engine", bodies)
+
+    def start_weight_update(self) -> None:
+        """Freeze generation and open the update."""
+        self._each("POST", "/pause?mode=keep&clear_cache=false")
+        self._each("POST", "/start_weight_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        """Tell the workers what will be broadcast; returns when they have received it."""
+        self._each("POST", "/update_weights", [{"update_info": update_info}] * len(self.urls))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Close the update under its name, drop keys and values of the old weights, go on generating."""
+        version = weight_version or self.version
+        self._each("POST", "/finish_weight_update", [{"weight_version": version}] * len(self.urls))
+        for url, answer in zip(
+            self.urls, self._each("POST", "/reset_prefix_cache?reset_running_requests=true"), strict=True
+        ):
+            if not answer.get("success"):
+                raise SyncError(f"{url} kept prefix-cache blocks of the old weights; restart the server")
+        self.resume()
+
+    def resume(self) -> None:
+        """Go on generating."""
+        self._each("POST", "/resume")
+
+    def versions(self) -> list[str]:
+        """The weight version that each server reports."""
+        return [str(answer["weight_version"]) for answer in self._each("GET", "/weight_info")]
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+        self._pool.shutdown(wait=False)
+
+    def _each(self, method: str, path: str, bodies: Sequence[Any] | None = None) -> list[dict[str, Any]]:
+        def one(url: str, body: Any) -> dict[str, Any]:
+            answer = self._http.request(method, url + path, json=body)
+            if answer.is_error:
+                raise SyncError(f"{url}{path}: HTTP {answer.status_code}: {answer.text[:300]}")
+            return dict(answer.json())
+
+        return list(self._pool.map(one, self.urls, bodies or [None] * len(self.urls)))
+
+
+class SafetensorsSource:
+    """A weights file as vLLM's `WeightSource`: names, dtypes and shapes first, then the tensors in the same order."""
+
+    def __init__(self, path: Path, device: str = "cuda") -> None:
+        self.path = path
+        self._device = device
+
+    def metadata(self) -> list[Any]:
+        """What iteration will yield, without reading tensors into memory."""
+        from safetensors import safe_open
+        from vllm.distributed.weight_transfer.base import ParamMeta
+
+        with safe_open(self.path, framework="pt", device="cpu") as file:
+            return [ParamMeta(name, t.dtype, tuple(t.shape)) for name in file.keys() for t in [file.get_tensor(name)]]
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="pt", device="cpu") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name).to(self._device)
+
+
+class NcclSync:
+    """Broadcasts weights from this process to all servers. The group is formed by the first `publish`.
+
+    Args:
+        urls: every server; all take part in every update.
+        master_address: address of this machine that the servers can reach.
+        timeout_s: longest wait for one call.
+        device: of the tensors that are broadcast.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        master_address: str = "127.0.0.1",
+        timeout_s: float = 600.0,
+        device: str = "cuda",
+    ) -> None:
+        self.client = FanOutClient(urls, timeout_s)
+        self._address = master_address
+        self._device = device
+        self._source: SafetensorsSource | None = None
+        self._engine: Any = None
+
+    async def publish(self, source: Path, version: str) -> dict[str, float]:
+        """Broadcast the file's weights under a new name; `load_s` is inside `transfer_s`: vLLM overlaps the two.
+
+        Raises:
+            SyncError: a server refused, or does not report the new version.
+        """
+        return await asyncio.to_thread(self._publish, source, version)
+
+    def _publish(self, source: Path, version: str) -> dict[str, float]:
+        started = time.perf_counter()
+        if self._source is None:
+            self._source = SafetensorsSource(source, self._device)
+            self._engine = self._connect(self._source)
+        self._source.path = source
+        self.client.version = version
+        try:
+            self._engine.send_weights()
+        except BaseException:
+            self.client.resume()
+            raise
+        found = self.client.versions()
+        if set(found) != {version}:
+            raise SyncError(f"servers report weight versions {found} after an update to {version!r}")
+        total = time.perf_counter() - started
+        return {"transfer_s": total, "load_s": 0.0, "total_s": total}
+
+    def _connect(self, source: SafetensorsSource) -> Any:
+        from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        info = NCCLTrainerInitInfo(
+            master_address=self._address,
+            master_port=_free_port(),
+            world_size=1 + sum(self.client.world_sizes()),
+            rank=0,
+        )
+        factory: Callable[..., Any] = WeightTransferTrainerFactory.trainer_init
+        return factory(info, client=self.client, source=source)
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
+        self.client.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("", 0))
+        return int(sock.getsockname()[1])

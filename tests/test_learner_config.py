@@ -1,0 +1,165 @@
+"""What is refused, the schedule, and what we rely on in Megatron-core."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core")
+sys.path.insert(0, str(Path(__file__).parent / "dist"))
+
+from learner_models import write_model  # noqa: E402
+
+from m2train.config import ConfigError, parse  # noqa: E402
+from m2train.learner.attention import packed_rows  # noqa: E402
+from m2train.learner.hf_config import read_hf_config  # noqa: E402
+from m2train.learner.model import PolicyModel, check_megatron_keys, takes_output_processor, transformer_config  # noqa: E402
+from m2train.learner.schedule import learning_rate  # noqa: E402
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 131,
+    "max_position_embeddings": 64,
+}
+
+
+def read(tmp_path: Path, **changes: Any) -> Any:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | changes))
+    return read_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mixtral"}, "mixtral"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "dynamic"),
+    ],
+)
+def test_models_that_are_not_trained(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, **changes)
+
+
+def test_old_and_new_rope_entries(tmp_path: Path) -> None:
+    assert read(tmp_path, rope_theta=5e5).rope.theta == 5e5
+    assert read(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 1e6}).rope.theta == 1e6
+    linear = read(tmp_path, rope_scaling={"type": "linear", "factor": 2.0}).rope
+    torch.testing.assert_close(linear.inverse_frequencies(8), read(tmp_path).rope.inverse_frequencies(8) / 2)
+
+
+def test_padded_vocabulary_does_not_depend_on_tp(tmp_path: Path) -> None:
+    model = read(tmp_path)
+    assert {model.padded_vocab(tp) for tp in (1, 2, 4, 8)} == {256}
+    assert model.padded_vocab(3) % 3 == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_layer_in_first_pipeline_stage": 1}, "did you mean megatron.num_layers_in_first_pipeline_stage"),
+        ({"tensor_model_parallel_size": 2}, "learner.tp"),
+        ({"calculate_per_token_loss": False}, "cannot be set"),
+    ],
+)
+def test_megatron_keys(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_megatron_keys(parse({"megatron": settings}))
+
+
+def test_megatron_keys_pass_through(tmp_path: Path) -> None:
+    config = transformer_config(
+        read(tmp_path), parse({"megatron": {"distribute_saved_activations": False, "init_method_std": 0.5}})
+    )
+    assert config.init_method_std == 0.5
+    with pytest.raises(ConfigError, match="megatron"):
+        transformer_config(read(tmp_path), parse({"megatron": {"fp16": True}, "learner": {"dtype": "bfloat16"}}))
+
+
+def rates(n: int, **learner: Any) -> list[float]:
+    config = parse({"learner": {"lr": 1.0} | learner}).learner
+    return [learning_rate(i, n, config) for i in range(n)]
+
+
+def test_schedules() -> None:
+    assert rates(4) == [1.0] * 4
+    assert rates(4, warmup_steps=2) == [0.5, 1.0, 1.0, 1.0]
+    assert rates(5, lr_schedule="linear", min_lr=0.2) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert rates(5, lr_schedule="cosine") == pytest.approx([1.0, 0.8535534, 0.5, 0.1464466, 0.0])
+    assert rates(5, lr_schedule="linear", warmup_steps=2) == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
+    beyond = parse({"learner": {"lr": 1.0, "lr_schedule": "linear", "min_lr": 0.1}}).learner
+    assert learning_rate(99, 5, beyond) == pytest.approx(0.1)
+    assert rates(1, lr_schedule="cosine", warmup_steps=1) == [1.0]
+
+
+def test_rope_positions_restart() -> None:
+    packed = packed_rows([3, 5, 1], torch.tensor([1.0, 0.1]), torch.float32)
+    position = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 0]).float()
+    torch.testing.assert_close(packed.cos[:, 0], torch.cos(position[:, None] * torch.tensor([1.0, 0.1])))
+    assert packed.cu_seqlens_q.tolist() == [0, 3, 8, 9] and packed.max_seqlen_q == 5
+
+
+def test_llama3_rope_is_that_of_transformers(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    folder = write_model(tmp_path / "m", "llama")
+    want = LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder)).inv_freq
+    torch.testing.assert_close(read_hf_config(folder).rope.inverse_frequencies(16), want, rtol=1e-6, atol=0)
+
+
+def test_hooks_in_installed_megatron() -> None:
+    """Either GPTModel.forward has `output_processor`, or `_postprocess` is there to override, called by keyword."""
+    from megatron.core.models.gpt import GPTModel
+
+    if not takes_output_processor(GPTModel):
+        parameters = inspect.signature(GPTModel._postprocess).parameters
+        assert list(parameters)[1] == "hidden_states"
+        assert "return self._postprocess(" in inspect.getsource(GPTModel.forward)
+
+
+def test_output_processor_is_used_where_it_exists() -> None:
+    """The call of 0.18 and later, against a stand-in with that signature."""
+
+    class Newer:
+        def forward(
+            self, input_ids: Any, position_ids: Any, attention_mask: Any, *, output_processor: Any = None
+        ) -> None: ...
+
+    assert takes_output_processor(Newer)
+    seen: dict[str, Any] = {}
+
+    class Model(PolicyModel):
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+
+        def forward(self, *, output_processor: Any, output_processor_context: Any, **inputs: Any) -> Any:
+            seen.update(inputs)
+            return output_processor(
+                hidden_states="hidden",
+                output_layer=None,
+                output_weight=None,
+                labels=None,
+                context=output_processor_context,
+            )
+
+        def head(self, hidden: Any, head: Any) -> Any:
+            return hidden, head
+
+    model = Model()
+    assert model.score("tokens", "packed", "rows", through=model) == ("hidden", "rows")  # type: ignore[arg-type]
+    assert seen["input_ids"] == "tokens" and seen["packed_seq_params"] == "packed"

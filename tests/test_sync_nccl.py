@@ -1,0 +1,111 @@
+"""The NCCL path without a GPU: vLLM's interfaces by signature, the conversation with servers by fakes."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m2train.sync.base import SyncError
+from m2train.sync.nccl import FanOutClient, NcclSync, SafetensorsSource
+
+pytest.importorskip("vllm")
+
+
+class FakeServers(FanOutClient):
+    """Records the conversation; server 0 has 2 workers, server 1 has 1."""
+
+    def __init__(self, *, cached: bool = False) -> None:
+        self.urls = ["http://a", "http://b"]
+        self.version = ""
+        self.log: list[tuple[str, list[Any]]] = []
+        self._cached = cached
+
+    def _each(self, method: str, path: str, bodies: Any = None) -> list[dict[str, Any]]:
+        name = path.split("?")[0].strip("/")
+        self.log.append((name, list(bodies or [])))
+        if name == "get_world_size":
+            return [{"world_size": 2}, {"world_size": 1}]
+        if name == "weight_info":
+            return [{"weight_version": self.version}] * 2
+        return [{"success": not self._cached}] * 2
+
+    def close(self) -> None:
+        pass
+
+
+def test_installed_vllm_has_the_interface_that_we_call() -> None:
+    from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.base import ParamMeta, VLLMWeightSyncClient
+    from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
+
+    assert issubclass(FanOutClient, VLLMWeightSyncClient)
+    for name in ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"):
+        theirs, ours = (
+            list(inspect.signature(getattr(c, name)).parameters) for c in (VLLMWeightSyncClient, FanOutClient)
+        )
+        assert ours == theirs, name
+    inspect.signature(WeightTransferTrainerFactory.trainer_init).bind(object(), client=object(), source=object())
+    assert {"master_address", "master_port", "world_size", "rank"} <= {f.name for f in fields(NCCLTrainerInitInfo)}
+    assert "rank_offset" in {f.name for f in fields(NCCLWeightTransferInitInfo)}
+    assert [f.name for f in fields(ParamMeta)] == ["name", "dtype", "shape"]
+    assert list(inspect.signature(NCCLTrainerWeightTransferEngine.send_weights).parameters) == ["self"]
+
+
+def test_servers_expose_the_routes_that_we_call() -> None:
+    from vllm.entrypoints.rl.online.api_router import router as rl
+    from vllm.entrypoints.serve.dev.cache.api_router import router as cache
+
+    paths = {route.path for router in (rl, cache) for route in router.routes}
+    wanted = "pause resume init_weight_transfer_engine start_weight_update update_weights finish_weight_update "
+    wanted += "weight_info get_world_size update_weight_version reset_prefix_cache"
+    assert {f"/{name}" for name in wanted.split()} <= paths
+
+
+def test_vllms_trainer_drives_our_client(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real trainer-side class over a fake communicator: what the servers hear, and in which order."""
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    sent: list[str] = []
+    opened: list[Any] = []
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: opened.append(info) or object())
+    monkeypatch.setattr(
+        nccl_engine,
+        "packed_nccl_broadcast_producer",
+        lambda iterator, **_: sent.extend(name for name, _ in iterator),
+    )
+    servers = FakeServers()
+    sync = NcclSync(["http://a"], device="cpu")
+    sync.client.close()
+    sync.client = servers
+    times = asyncio.run(sync.publish(tiny_model / "model.safetensors", "step-1"))
+    assert set(times) == {"transfer_s", "load_s", "total_s"}
+    assert opened[0].world_size == 4
+    said = dict(servers.log)
+    assert [body["init_info"]["rank_offset"] for body in said["init_weight_transfer_engine"]] == [1, 3]
+    assert [name for name, _ in servers.log if name != "get_world_size"] == [
+        "init_weight_transfer_engine",
+        *("pause", "start_weight_update", "update_weights", "finish_weight_update"),
+        *("reset_prefix_cache", "resume", "weight_info"),
+    ]
+    update = said["update_weights"][0]["update_info"]
+    assert update["names"] == sent and set(update["dtype_names"]) == {"float32"}
+    assert said["finish_weight_update"] == [{"weight_version": "step-1"}] * 2
+    asyncio.run(sync.publish(tiny_model / "model.safetensors", "step-2"))
+    assert len(opened) == 1, "the group is formed once"
+
+
+def test_stuck_prefix_cache_is_an_error() -> None:
+    with pytest.raises(SyncError, match="prefix-cache blocks of the old weights"):
+        FakeServers(cached=True).finish_weight_update("v")
+
+
+def test_source_declares_what_it_yields(tiny_model: Path) -> None:
+    source = SafetensorsSource(tiny_model / "model.safetensors", "cpu")
+    declared = [(m.name, m.dtype, m.shape) for m in source.metadata()]
+    assert declared == [(name, t.dtype, tuple(t.shape)) for name, t in source] and len(declared) > 10
