@@ -202,6 +202,11 @@ class Recipe(Section):
                 f"an optimizer step has {replies} replies (rollout.cases_per_step x slices_per_dialogue x "
                 f"algo.group_size / algo.updates_per_step), fewer than learner.dp x learner.micro_batches = {ranks}"
             )
+        if self.learner.packing == "none" and self.learner.micro_batches is not None:
+            raise ValueError(
+                f"learner.packing = 'none' makes every reply a micro-batch, but learner.micro_batches = "
+                f"{self.learner.micro_batches}; drop one of them"
+            )
         longest = self.rollout.max_context_tokens + self.algo.max_new_tokens
         if longest > self.learner.micro_batch_tokens:
             raise ValueError(

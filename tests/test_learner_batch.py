@@ -110,7 +110,6 @@ def test_dummies_where_samples_run_out() -> None:
         ([401], {}, "a sample has 401 tokens"),
         ([400], {"tp": 2}, "a sample has 400 tokens"),  # room for the pad that sequence parallelism may need
         ([390, 390, 390], {"micro_batches": 2}, "raise learner.micro_batches"),
-        ([30, 30], {"micro_batches": 2, "packing": "none"}, "exclude each other"),
     ],
 )
 def test_plans_that_cannot_be(lengths: list[int], settings: dict[str, Any], message: str) -> None:

@@ -175,8 +175,6 @@ def plan_micro_batches(lengths: Sequence[int], recipe: Recipe, hidden: int) -> l
     if longest > cap:
         raise ConfigError(f"a sample has {longest} tokens; learner.micro_batch_tokens = {learner.micro_batch_tokens}")
     if learner.packing == "none":
-        if learner.micro_batches is not None:
-            raise ConfigError("learner.micro_batches and learner.packing = 'none' exclude each other; drop one")
         bins = [[i] for i in range(len(lengths))]
     else:
         bins = _pack(lengths, cap, learner.dp, learner.micro_batches, hidden)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from m2train.config import ConfigError
+
 SMOLLM2 = "smollm2-135m"
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -21,7 +23,7 @@ FAMILIES = {
 _TOKENIZER = "tokenizer.json"
 
 
-class ModelError(ValueError):
+class ModelError(ConfigError):
     """A model that cannot be used; the message says what was found, what is needed and what to do."""
 
 

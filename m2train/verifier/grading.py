@@ -67,6 +67,7 @@ def _diagnoses() -> dict[str, str]:
     return {normalise(name): case.id for case in load_cases() for name in (case.diagnosis, *case.diagnosis_synonyms)}
 
 
+_CONTRACTED = re.compile(r"(?:n't|'(?:m|s|re|ve|ll|d))$")
 _FUNCTION = frozenset(
     """a an the i you he she it we they me him her us them my your his its our their this that these those is are was were be
     been am do does did have has had can could will would shall should may might must and or but if so of to in on at for
@@ -147,8 +148,13 @@ class Analysis:
     @cached_property
     def plain(self) -> float:
         """Share of its words that belong in a consultation."""
+        return 1 - len(self.strange) / len(self.words) if self.words else 0.0
+
+    @cached_property
+    def strange(self) -> list[str]:
+        """Its words that do not belong in a consultation."""
         known = _vocabulary() | self.own_words
-        return sum(stem(word) in known for word in self.words) / len(self.words) if self.words else 0.0
+        return [word for word in self.words if stem(word) not in known and stem(_CONTRACTED.sub("", word)) not in known]
 
     @cached_property
     def repeats(self) -> str | None:
@@ -184,12 +190,11 @@ class Analysis:
             return "empty or nearly empty"
         if _MARKUP.search(self.reply):
             return "markup, links or lists"
-        function = sum(word in _FUNCTION for word in self.words) / len(self.words)
+        function = sum(word in _FUNCTION or "'" in word for word in self.words) / len(self.words)
         if function < 0.22 and len(self.words) >= 6:
             return f"a string of keywords ({function:.0%} function words)"
         if self.plain < 0.72:
-            strange = [w for w in self.words if stem(w) not in _vocabulary() | self.own_words]
-            return f"garbled or off the subject: {', '.join(strange[:4])}"
+            return f"garbled or off the subject: {', '.join(self.strange[:4])}"
         if self.mention is None and len({s for s, stems in _SYMPTOMS if stems & set(map(stem, self.words))}) >= 9:
             return "a list of symptoms"
         return None
@@ -264,6 +269,8 @@ def _clear_question(reply: Analysis, args: dict[str, Any]) -> Outcome:
 
 def _concise(reply: Analysis, args: dict[str, Any]) -> Outcome:
     size = len(reply.words)
+    if reply.mention is None:
+        return False, "says nothing about this patient's problem"
     if not 6 <= size <= 40:
         return False, f"{size} words"
     if not reply.reply.rstrip().rstrip("\"')").endswith((".", "?", "!")):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -252,6 +253,9 @@ def _score(case: CaseScript, sentence: str) -> list[_Candidate]:
                 about += 1.8
                 strong |= {i + k for i in places for k in range(len(phrase))}
         for concept in keys.concepts & said.keys():
+            if {tokens[i] for i in said[concept]} <= own:
+                about += 0.3
+                continue
             about += 1.0 if about else 1.7
             strong |= said[concept]
         score += min(about, 3.0)
@@ -349,6 +353,36 @@ _WEIGHTS = {
 _NULL = 5.796
 _SURE = {"clinical": 0.6, "private": 0.65}
 """Probability from which a fact is told: privacy takes more."""
+_NEAR: dict[str, frozenset[str]] = {
+    topic: frozenset(near.split())
+    for topic, near in {
+        "onset": "duration progression timing menstrual",
+        "duration": "onset timing frequency menstrual progression",
+        "frequency": "duration timing bowel urine menstrual sleep",
+        "location": "radiation character",
+        "radiation": "location",
+        "character": "location severity timing progression bowel urine",
+        "severity": "function character",
+        "progression": "onset duration character",
+        "trigger": "relief diet timing exposure function previous_tests progression",
+        "relief": "trigger medications",
+        "timing": "trigger onset frequency sleep progression character",
+        "associated": "",
+        "medications": "relief allergies previous_tests past_history",
+        "past_history": "surgery previous_tests medications onset pregnancy exposure",
+        "mood": "worries function occupation",
+        "worries": "mood past_history previous_tests",
+        "function": "occupation mood severity sleep",
+        "occupation": "function exposure mood",
+        "exposure": "travel occupation",
+        "diet": "bowel alcohol trigger",
+        "sleep": "timing mood",
+        "sexual": "mood pregnancy",
+        "surgery": "past_history previous_tests",
+        "previous_tests": "surgery past_history",
+    }.items()
+}
+"""Topics whose facts answer a question of this one when the patient has none on it."""
 _SECOND = 2.2
 """Lexicon score from which a further fact of the same question counts."""
 
@@ -389,11 +423,37 @@ def _logits(case: CaseScript, sentence: str, core: str, lexical: dict[str, _Cand
     return logits
 
 
+@lru_cache(maxsize=512)
+def _own_symptom(case: CaseScript) -> re.Pattern[str]:
+    """The patient's own problem as a doctor names it: "the tightness in your chest"."""
+    words_ = {term for term in map(normalise, (case.complaint.symptom, *case.complaint.symptom_terms))}
+    terms = "|".join(sorted(map(re.escape, words_), key=len, reverse=True))
+    return re.compile(
+        rf"\b(?:the|your|this|that|these|those|his|her) (?:[a-z-]+ ){{0,2}}?(?:{terms})\b"
+        rf"(?: (?:in|on|of|behind|under|around|with|over) (?:the|your|one|his|her)? ?[a-z]+(?: (?:{terms}))?)?"
+    )
+
+
+def _sure(logits: Sequence[float]) -> float:
+    """Probability of the best fact against the others and against nothing."""
+    top = max(logits)
+    return 1 / (sum(math.exp(logit - top) for logit in logits) + math.exp(_NULL - top))
+
+
 def match_sentence(case: CaseScript, sentence: str) -> list[Match]:
-    """Facts that one question asks for, best first."""
+    """Facts that one question asks for, best first.
+
+    The question is read as it stands and with the patient's own symptom as "it"; the clearer reading counts.
+    """
     core = _core(sentence)
     lexical = {c.fact.id: c for c in _score(case, core)}
     logits = _logits(case, sentence, core, lexical)
+    plain = _own_symptom(case).sub("it", core)
+    if plain != core:
+        other_lexical = {c.fact.id: c for c in _score(case, plain)}
+        other = _logits(case, plain, plain, other_lexical)
+        if _sure(other) > _sure(logits):
+            logits, lexical = other, other_lexical
     ranked = sorted(zip(logits, case.facts, strict=True), key=lambda item: -item[0])
     evidence = core.strip(" ?")
     chosen: list[Match] = []
@@ -407,8 +467,18 @@ def match_sentence(case: CaseScript, sentence: str) -> list[Match]:
     if len(chosen) >= 2:
         return chosen
     top, fact = ranked[0]
-    total = sum(math.exp(logit - top) for logit in logits) + math.exp(_NULL - top)
-    return [Match(fact, top, evidence)] if 1 / total >= _SURE[fact.sensitivity] else []
+    if _sure(logits) < _SURE[fact.sensitivity] or _foreign(case, core, fact, lexical.get(fact.id)):
+        return []
+    return [Match(fact, top, evidence)]
+
+
+def _foreign(case: CaseScript, core: str, fact: Fact, found: _Candidate | None) -> bool:
+    """Whether a question is plainly about topics this patient has nothing on, and the fact only resembles it."""
+    if found and (found.strong or found.topical):
+        return False
+    asked = {topic for topic, pattern in _asking().items() if pattern.search(core)}
+    own = {other.topic for other in case.facts}
+    return bool(asked) and not asked & own and not any(fact.topic in _NEAR.get(topic, ()) for topic in asked)
 
 
 _ELLIPSIS = re.compile(r"^(?:and |so |but )?(?:what|how) about (?:you|yourself|him|her|that)\b|^(?:is|are|was|does|do|did|have|has) (?:that|you|it)(?: like that| true| so| one| too)?\s*\?")

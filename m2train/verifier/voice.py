@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 
+_HARD = (
+    "hard|frightening|worrying|difficult|scary|tough|awful|distressing|frustrating|upsetting|exhausting|painful|unpleasant|"
+    "uncomfortable|miserable|debilitating|unsettling|stressful|draining|tiring|alarming|rough|horrible|dreadful|nasty|terrible|"
+    "annoying|troubling|concerning|maddening|unbearable|embarrassing"
+)
+_VERY = r"(?:(?:so|very|really|quite|pretty|rather|incredibly|extremely|terribly|truly|such a) )*"
 EMPATHY = re.compile(
-    r"\b(?:(?:i'?m|i am|so|very|really|truly) (?:so |very |really |truly |terribly )?sorry (?:to hear|that|about|you|for what)|(?:must|can) be (?:so |very |really |quite )?"
-    r"(?:hard|frightening|worrying|difficult|scary|tough|awful|distressing|frustrating|upsetting|exhausting|painful|unpleasant|uncomfortable|miserable|debilitating|unsettling|stressful|draining)|"
-    r"(?:that|this|it) (?:sounds|seems|looks) (?:so |very |really |quite |pretty |rather |incredibly |extremely )*(?:hard|frightening|worrying|difficult|scary|tough|awful|distressing|frustrating|upsetting|exhausting|"
-    r"painful|unpleasant|uncomfortable|miserable|rough|horrible|dreadful|nasty|tiring|alarming|unsettling|stressful|draining|terrible)|i (?:can |do )?(?:understand|see|imagine|hear|appreciate|know) (?:that |how |why |what |you'?re |this |it )|"
-    r"(?:it is|it's|that is|that's) (?:completely |totally |quite |perfectly )?(?:understandable|natural)|(?:you are|you're) (?:right|brave|doing)|thank you for (?:telling|sharing|being)|"
-    r"no wonder|(?:we|i) will (?:help|look after|take (?:good )?care)|(?:i'?m|i am) here (?:to|for)|(?:sorry) (?:to hear|you|about|that))\b"
+    rf"\b(?:(?:i'?m|i am|so|very|really|truly) {_VERY}sorry\b(?! for your loss|,? but i| i (?:can|am|do))|sorry to hear|"
+    rf"(?:must|can) (?:be|feel|have been) {_VERY}(?:{_HARD})|(?:sounds|seems|looks|feels) {_VERY}(?:{_HARD})|"
+    r"i (?:can |do )?(?:understand|see|imagine|hear|appreciate|know) (?:that|how|why|what|you'?re|this|it)\b|"
+    r"(?:it is|it's|that is|that's) (?:completely |totally |quite |perfectly )?(?:understandable|natural)|(?:you are|you're) (?:right|brave)|"
+    r"thank you for (?:telling|sharing|being)|no wonder|(?:we|i) will (?:help|look after|take (?:good )?care)|i'?m here (?:to|for)|i am here (?:to|for))"
 )
 """Words of a doctor that show feeling for the patient."""
 
