@@ -113,7 +113,7 @@ def killed_anywhere(moment: int, recipe: Path, saved: Path, unbroken: list[dict[
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("moment", range(2))
+@pytest.mark.parametrize("moment", range(1))
 def test_a_kill_at_a_random_moment(
     moment: int, recipe: Path, saved: Path, unbroken: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -122,7 +122,7 @@ def test_a_kill_at_a_random_moment(
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("moment", range(2, 20))
+@pytest.mark.parametrize("moment", range(1, 20))
 def test_a_kill_at_more_random_moments(
     moment: int, recipe: Path, saved: Path, unbroken: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -184,7 +184,7 @@ def killed_at_rename(number: int, recipe: Path, saved: Path, unbroken: list[dict
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("number", [14, 25])
+@pytest.mark.parametrize("number", [14])
 def test_a_kill_at_a_rename(
     number: int, recipe: Path, saved: Path, unbroken: list[dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -358,6 +358,8 @@ questions put to patients with and without such a fact (each example then left o
 _NULL = 6.209
 _SURE = {"clinical": 0.3, "private": 0.35}
 """Probability from which a fact is told: privacy takes more."""
+_BLIND = 0.2
+"""Added where the lexicon sees nothing: a likeness alone must be clearer."""
 _NEAR: dict[str, frozenset[str]] = {
     topic: frozenset(near.split())
     for topic, near in {
@@ -472,7 +474,9 @@ def match_sentence(case: CaseScript, sentence: str) -> list[Match]:
     if len(chosen) >= 2:
         return chosen
     top, fact = ranked[0]
-    if _sure(logits) < _SURE[fact.sensitivity] or _foreign(case, core, fact, lexical.get(fact.id)):
+    found = lexical.get(fact.id)
+    needed = _SURE[fact.sensitivity] + (0.0 if found and found.score >= 1.0 else _BLIND)
+    if _sure(logits) < needed or _foreign(case, core, fact, found):
         return []
     return [Match(fact, top, evidence)]
 
