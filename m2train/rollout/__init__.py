@@ -1,0 +1,1 @@
+"""Dialogues of the policy with simulated patients: engines, token streams, slices, journal."""
