@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import signal
@@ -52,9 +53,12 @@ def _run(
     from m2train import loop
     from m2train.progress import Progress
     from m2train.report import write_report
-    from m2train.run import open_run, summary
+    from m2train.run import check, open_run, summary
     from m2train.rundir import RunDir
 
+    if train_from is not None and train_from.resolve() == root.resolve():
+        raise ConfigError(f"--train-from {train_from} is the run directory itself; name another --run-dir")
+    check(recipe, train_from)
     run_dir = RunDir(root)
     run_dir.start(recipe, resume=resume, restart=restart)
 
@@ -67,8 +71,9 @@ def _run(
             asyncio.run(go(progress))
         except BaseException as err:
             known = isinstance(err, RunError | ConfigError | OSError | KeyboardInterrupt)
-            run_dir.write_status("failed", cause_of(err) if known else f"{type(err).__name__}: {cause_of(err)}")
-            write_report(root)
+            with contextlib.suppress(OSError):  # a full disk: the cause on the screen must stay the first one
+                run_dir.write_status("failed", cause_of(err) if known else f"{type(err).__name__}: {cause_of(err)}")
+                write_report(root)
             raise
         run_dir.write_status("finished")
         report = write_report(root)
@@ -116,17 +121,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice ends a run like Ctrl-C: cleanly
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except typer.Abort:
-        sys.exit(130)
+        app()  # ends the process itself: 0, 2 for bad usage, 130 when interrupted
     except ConfigError as err:
         print(f"m2train: {cause_of(err)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("m2train: interrupted", file=sys.stderr)
-        sys.exit(130)
     except (RunError, OSError, ValueError) as err:
         print(f"m2train: {cause_of(err)}", file=sys.stderr)
         sys.exit(1)

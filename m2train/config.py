@@ -48,8 +48,8 @@ class AlgoConfig(Section):
     baseline: Literal["mean", "loo"] = "mean"
     scale: Literal["none", "std"] = "none"
     entropy_coef: float = 0.0
-    tis_cap: float | None = Field(2.0, gt=0)
-    """Cap of the truncated importance weight learner/rollout; None turns the correction off."""
+    tis_cap: float = Field(2.0, ge=0)
+    """Cap of the truncated importance weight learner/rollout; 0 turns the correction off."""
     tis_level: Literal["token", "sequence"] = "token"
     updates_per_step: int = Field(1, ge=1)
     """Optimizer steps per batch of rollouts; the groups are divided among them."""
@@ -201,6 +201,13 @@ class Recipe(Section):
             raise ValueError(
                 f"an optimizer step has {replies} replies (rollout.cases_per_step x slices_per_dialogue x "
                 f"algo.group_size / algo.updates_per_step), fewer than learner.dp x learner.micro_batches = {ranks}"
+            )
+        if self.algo.kind == "cispo" and self.algo.dual_clip is not None:
+            raise ValueError("algo.kind = 'cispo' has no algo.dual_clip; drop one of them")
+        if self.rollout.top_p < 1 and self.mismatch_limit is not None:
+            raise ValueError(
+                f"rollout.top_p = {self.rollout.top_p}: the engine's log-probs are those of the truncated distribution, "
+                "the learner's are not, so mismatch_limit cannot hold; set rollout.top_p = 1, or drop mismatch_limit"
             )
         if self.learner.packing == "none" and self.learner.micro_batches is not None:
             raise ValueError(

@@ -49,7 +49,10 @@ async def roll_out(run: Run, step: int) -> StepRollouts:
     """Sample and grade one step's replies with the current weights; or read them, if that was done before."""
     saved = run.saved_rollouts(step)
     if saved is not None:
-        return load_rollouts(saved)
+        rollouts = run.trusted(load_rollouts(saved), saved)
+        set_advantages(rollouts.groups, run.recipe.algo)
+        run.dir.journal(step).unlink(missing_ok=True)
+        return rollouts
     with run.phase("sync"):
         await run.publish(step)
     recipe, path = run.recipe, run.dir.rollouts(step)

@@ -19,10 +19,12 @@ from m2train.metrics import MetricsWriter, read_metrics
 from m2train.models import model_shape, resolve_model
 from m2train.phases import Phases
 from m2train.progress import Progress
+from m2train.records import StepRollouts
 from m2train.rollout.chat import ChatTemplate
 from m2train.rollout.engine import EnginePool
 from m2train.rollout.journal import Journal
 from m2train.rollout.sampler import Sampler
+from m2train.rollout.server import check_options
 from m2train.rundir import RunDir, rollout_file
 from m2train.verifier import CaseSampler, CaseScript, EmbeddedVerifier, build_verifier, load_cases, split_cases
 
@@ -128,6 +130,20 @@ class Run:
         self.metrics.append(full)
         self.progress.step(full)
 
+    def trusted(self, rollouts: StepRollouts, path: Path) -> StepRollouts:
+        """Saved rollouts, if they come from the weights that this run has at that step.
+
+        Raises:
+            ConfigError: they were sampled by others (a `--rollouts-only` run that is now to be trained).
+        """
+        expected = f"step-{rollouts.step}"
+        if self.learner is not None and self.source is None and rollouts.weight_version != expected:
+            raise ConfigError(
+                f"{path} was sampled by weights {rollouts.weight_version!r}; expected {expected!r}: use --train-from "
+                f"{self.dir.root} with another --run-dir, or --restart"
+            )
+        return rollouts
+
     def checkpoint(self, step: int) -> None:
         """Save the learner after `step` steps if it is time."""
         every, last = self.recipe.checkpoint.every, self.recipe.steps
@@ -160,22 +176,17 @@ async def open_run(
     rollouts_only: bool = False,
     train_from: Path | None = None,
 ) -> AsyncIterator[Run]:
-    """Check the model against the recipe, start engines and learner side by side, close both whatever happens.
+    """Start engines and learner side by side for a recipe that `check` let pass; close both whatever happens.
 
     Raises:
-        ConfigError: a model or layout that cannot run, or too few saved rollouts.
         RunError: an engine or the learner did not start.
     """
-    if train_from is not None:
-        _check_source(train_from, recipe.steps)
     model = resolve_model(recipe.model.path)
-    shape = model_shape(model)
-    recipe.check_model(shape.heads, shape.kv_heads, shape.layers, shape.max_positions)
     first = run_dir.latest_checkpoint() or 0 if not rollouts_only else 0
     chat = ChatTemplate(model, thinking=recipe.model.thinking)
     train_cases, heldout = split_cases(load_cases())
     progress.start(recipe, run_dir.root, done=first)
-    exports = _shared_memory_folder(run_dir.root)
+    exports = _export_folder(run_dir.root, recipe)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(shutil.rmtree, exports, ignore_errors=True)
         engines = None if train_from else EnginePool(recipe, model, run_dir.root, stop_token_ids=chat.stop_token_ids)
@@ -191,6 +202,7 @@ async def open_run(
         progress.phase("starting engines and learner")
         await asyncio.gather(*starts)
         metrics = MetricsWriter(run_dir.root)
+        stack.callback(metrics.close)
         metrics.truncate(first - 1)
         yield Run(
             recipe=recipe,
@@ -225,6 +237,19 @@ def summary(run_dir: Path) -> dict[str, object]:
     return lines
 
 
+def check(recipe: Recipe, train_from: Path | None = None) -> None:
+    """Refuse what cannot run before anything is written, started or discarded.
+
+    Raises:
+        ConfigError: a model or layout that cannot run, or too few saved rollouts.
+    """
+    if train_from is not None:
+        _check_source(train_from, recipe.steps)
+    check_options(recipe.vllm)
+    shape = model_shape(resolve_model(recipe.model.path))
+    recipe.check_model(shape.heads, shape.kv_heads, shape.layers, shape.max_positions)
+
+
 def _check_source(source: Path, steps: int) -> None:
     have = 0
     while rollout_file(source, have).exists():
@@ -236,10 +261,14 @@ def _check_source(source: Path, steps: int) -> None:
         )
 
 
-def _shared_memory_folder(run_dir: Path) -> Path:
-    """One folder per run directory, so that what a killed run left is found and removed by the next."""
+def _export_folder(run_dir: Path, recipe: Recipe) -> Path:
+    """Where weights pass from the learner to the engines: shared memory, or the run directory if they are elsewhere.
+
+    One folder per run directory, so that what a killed run left is found and removed by the next.
+    """
     base = Path("/dev/shm")
-    if not os.access(base, os.W_OK):
+    elsewhere = bool(recipe.rollout.urls) or recipe.learner.launch == "external"
+    if elsewhere or not os.access(base, os.W_OK):
         base = run_dir
     folder = base / f"m2train-{hashlib.blake2b(str(run_dir).encode(), digest_size=8).hexdigest()}"
     shutil.rmtree(folder, ignore_errors=True)

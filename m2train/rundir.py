@@ -7,13 +7,20 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from m2train.config import ConfigError, Recipe
+from m2train.config import ConfigError, Recipe, load
 from m2train.files import write_atomic
 from m2train.records import StepRollouts
+
+# Settings that a resumed run may change: how it is run, not what it computes.
+_MAY_CHANGE = re.compile(
+    r"name$|steps$|mismatch_limit$|checkpoint\.|vllm\.|learner\.(tp|pp|dp|sequence_parallel|threads|launch|recompute|packing|"
+    r"micro_batch|timeout_s|start_timeout_s)|rollout\.(urls|servers|tensor_parallel|threads|concurrency|\w*timeout_s|max_restarts)"
+).match
 
 
 class RunDir:
@@ -104,6 +111,20 @@ class RunDir:
             ),
         )
 
+    def _check_same(self, recipe: Recipe) -> None:
+        old, new = (_leaves(r.model_dump()) for r in (load(self.config), recipe))
+        changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not _MAY_CHANGE(k)]
+        if changed:
+            raise ConfigError(
+                f"--resume with another {', '.join(changed)} than in {self.config} would mix two runs; set it back, "
+                "or use another --run-dir"
+            )
+        done = self.latest_checkpoint() or 0
+        if recipe.steps < done:
+            raise ConfigError(
+                f"steps = {recipe.steps}, but {self.root} has a checkpoint of {done} steps; raise steps"
+            )
+
     def start(self, recipe: Recipe, *, resume: bool, restart: bool) -> None:
         """Claim the folder for `recipe`.
 
@@ -115,8 +136,17 @@ class RunDir:
             self.clear()
         if not self.is_empty() and not resume:
             raise ConfigError(f"{self.root} already holds a run; pass --resume to go on, or --restart to discard it")
+        if not self.is_empty():
+            self._check_same(recipe)
         write_atomic(self.config, recipe.to_toml())
         self.write_status("running")
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def rollout_file(root: Path, step: int) -> Path:

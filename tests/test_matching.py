@@ -83,7 +83,11 @@ def test_general_invitations_ask_for_nothing_in_particular() -> None:
 
 
 def test_questions_are_told_from_statements() -> None:
-    assert [is_question(s) for s in sentences("I see. Where is it? Let me know if it gets worse.")] == [False, True, False]
+    assert [is_question(s) for s in sentences("I see. Where is it? Let me know if it gets worse.")] == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_the_vector_table_covers_every_text() -> None:

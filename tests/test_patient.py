@@ -154,7 +154,9 @@ def test_personas_differ() -> None:
     doctor = ("You should have an MRI scan. When did it start?",) * 1
     poor = [talk(CASES["cardiology_02"], seed, doctor)[-1].text for seed in range(4)]
     assert all(any(word in text for word in ("afford", "cost", "cheap", "Money")) for text in poor)
-    extrovert = " ".join(turn.text for s in range(6) for turn in talk(CASES["cardiology_03"], s) if turn.role == "patient")
+    extrovert = " ".join(
+        turn.text for s in range(6) for turn in talk(CASES["cardiology_03"], s) if turn.role == "patient"
+    )
     introvert = " ".join(turn.text for s in range(6) for turn in talk(CASE, s) if turn.role == "patient")
     assert "?" in extrovert
     assert "?" not in introvert

@@ -178,7 +178,9 @@ def test_when_the_key_facts_are_known_the_doctor_should_conclude() -> None:
     turns[0].state["told"] = [fact.id for fact in case.facts if fact.essential]
     rubrics = generate_rubrics(case, turns)
     assert {"names_diagnosis", "next_step", "wrong_diagnosis"} <= {r.check for r in rubrics}
-    good = "The tightness in your chest on the hill is most likely angina. I will refer you for a heart test this week."
+    good = (
+        "The tightness in your chest on the hill is most likely angina. I will refer you for a heart test this week."
+    )
     wrong = "The tightness in your chest on the hill is most likely asthma. I will refer you for a test this week."
     for scoring in SCORINGS:
         high, low = (score(rubrics, [grade(r, t, case, turns) for r in rubrics], scoring) for t in (good, wrong))
@@ -237,7 +239,9 @@ PARAGRAPH = (
 TRICKS: dict[str, Callable[[CaseScript, list[Turn]], str]] = {
     **{text: (lambda case, turns, text=text: text) for text in STOCK},  # type: ignore[misc]
     "canned paragraph": lambda case, turns: PARAGRAPH,
-    "keywords": lambda case, turns: "onset duration fever cough pain severity location radiation medications allergies",
+    "keywords": lambda case, turns: (
+        "onset duration fever cough pain severity location radiation medications allergies"
+    ),
     "empty": lambda case, turns: "",
     "echo": lambda case, turns: turns[-1].text,
     "echo as a question": lambda case, turns: turns[-1].text.rstrip(".!?") + "?",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from m2train.config import ConfigError, Recipe
+from m2train.config import ConfigError, Recipe, parse
 from m2train.files import write_atomic
 from m2train.records import Generation, VersionSpan
 from m2train.rollout.journal import Journal
@@ -116,3 +116,15 @@ def test_seeds_depend_on_the_run_and_the_name_only() -> None:
     assert derive_seed(0, "a") == derive_seed(0, "a")
     assert len({derive_seed(seed, key) for seed in range(50) for key in "abcdefgh"}) == 400
     assert 0 <= derive_seed(3, "x") < 2**31
+
+
+def test_resume_refuses_what_would_mix_two_runs(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.start(Recipe(), resume=False, restart=False)
+    run.start(parse({"steps": 200, "learner": {"pp": 2}}), resume=True, restart=False)
+    for change, name in (({"seed": 7}, "seed"), ({"rollout": {"temperature": 0.5}}, "rollout.temperature")):
+        with pytest.raises(ConfigError, match=name):
+            run.start(parse(change), resume=True, restart=False)
+    run.checkpoint(50).mkdir()
+    with pytest.raises(ConfigError, match="checkpoint of 50 steps"):
+        run.start(parse({"steps": 40}), resume=True, restart=False)

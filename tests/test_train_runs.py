@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,21 @@ def test_a_run_killed_in_step_3_ends_like_an_unbroken_one(
     resume(recipe, tmp_path / "run", "--train-from", saved)
     assert_same(rows(tmp_path / "run"), unbroken)
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.timeout(200)
+def test_a_scheduler_s_sigterm_ends_the_run_cleanly(recipe: Path, saved: Path, tmp_path: Path) -> None:
+    run = TaggedRun("train", recipe, "--train-from", saved, "--run-dir", tmp_path / "run")
+    deadline = time.monotonic() + 120
+    while not rows(tmp_path / "run"):
+        assert run.process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    run.process.send_signal(signal.SIGTERM)
+    code, out = run.wait()
+    assert code != 0, out
+    assert "Traceback" not in out
+    assert run.survivors() == []
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["cause"] == "interrupted"
 
 
 def killed_anywhere(moment: int, recipe: Path, saved: Path, unbroken: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ async def evaluate(run: Run, step: int) -> dict[str, float]:
     if not cases or (run.engines is None and not path.exists()):
         return {}
     if path.exists():
-        return _row(run, load_rollouts(path).groups)
+        path.with_suffix(".journal.jsonl").unlink(missing_ok=True)
+        return _row(run, run.trusted(load_rollouts(path), path).groups)
     with run.phase("sync"):
         await run.publish(step)
     with run.phase("eval"), run.sampler(path.with_suffix(".journal.jsonl"), greedy=True) as sampler:
@@ -92,6 +93,8 @@ def _row(run: Run, groups: list[Group]) -> dict[str, float]:
     for group in groups:
         by_case.setdefault(group.case_id, []).append(group.replies[0].rubric_reward)
     scores = [fmean(rewards) for rewards in by_case.values()]
+    if not scores:
+        return {"heldout/cases": 0.0}
     error = stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
     row = {"heldout/reward": fmean(scores), "heldout/stderr": error, "heldout/cases": float(len(scores))}
     for scoring in get_args(Scoring):

@@ -88,7 +88,7 @@ def batches_from_groups(groups: Sequence[Group], recipe: Recipe) -> list[TrainBa
                     )
                 )
                 seq_id += 1
-        denom = float(len(mine) * recipe.algo.group_size * recipe.algo.max_new_tokens)
+        denom = float(len(samples) * recipe.algo.max_new_tokens)
         batches.append(TrainBatch(samples=samples, denom=denom, temperature=recipe.rollout.temperature))
     return batches
 

@@ -7,8 +7,10 @@ time. No method waits for ever: each has a limit from the recipe, and a dead tor
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +104,8 @@ class LearnerClient:
             "model_dir": str(self._model_dir),
             "checkpoint": str(checkpoint.absolute()) if checkpoint else None,
         }
+        for old in (self._run_dir / "learner").glob("*/"):  # sessions of earlier processes
+            shutil.rmtree(old)
         write_json(self._session.recipe, setup)
         write_json(protocol.current_session(self._run_dir), {"name": self._name, "local": local})
         self._heart = _Heart(self._session.alive)
@@ -169,7 +173,8 @@ class LearnerClient:
         ranks = self._ranks
         if self._failed is None and self._heart is not None and (ranks is None or ranks.exit_code is None):
             self._failed = LearnerError("the learner was closed")
-            write_json(self._session.command(self._number + 1), {"op": "close"})
+            with contextlib.suppress(OSError):  # a full disk: the ranks are killed below all the same
+                write_json(self._session.command(self._number + 1), {"op": "close"})
             deadline = time.monotonic() + _CLOSE_S
             while ranks is not None and ranks.exit_code is None and time.monotonic() < deadline:
                 if self._session.reply(self._number + 1).exists():
@@ -195,6 +200,8 @@ class LearnerClient:
         reply = self._wait(self._number, self._recipe.learner.timeout_s, command["op"])
         for index in range(len(batches)):
             self._session.batch(self._number, index).unlink()
+        self._session.command(self._number).unlink()
+        self._session.reply(self._number).unlink()
         return reply
 
     def _wait(self, number: int, limit_s: float, what: str) -> dict[str, Any]:

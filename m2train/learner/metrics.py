@@ -74,8 +74,8 @@ def importance(
     gaps = [(new - old).double() for new, old in zip(learner, rollout, strict=True)]
     logs = torch.stack([g.sum() for g in gaps]) if algo.tis_level == "sequence" else torch.cat(gaps)
     full = logs.exp()
-    weight = full if algo.tis_cap is None else full.clamp(max=algo.tis_cap)
-    capped = 0.0 if algo.tis_cap is None else float((full > algo.tis_cap).double().mean())
+    weight = full if not algo.tis_cap else full.clamp(max=algo.tis_cap)
+    capped = 0.0 if not algo.tis_cap else float((full > algo.tis_cap).double().mean())
     return {
         "tis/mean": float(weight.mean()),
         "tis/min": float(weight.min()),

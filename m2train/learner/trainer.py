@@ -224,7 +224,7 @@ def loss_spec(algo: AlgoConfig) -> mk.LossSpec:
         clip_high=algo.clip_high,
         dual_clip=algo.dual_clip,
         entropy_coef=algo.entropy_coef,
-        tis_cap=algo.tis_cap,
+        tis_cap=algo.tis_cap or None,
         tis_level=algo.tis_level,
     )
 

@@ -68,6 +68,7 @@ class EnginePool:
         self._version = version
         self._source: tuple[Path, tuple[int, int, int]] | None = None
         self._gate = asyncio.Semaphore(recipe.rollout.concurrency)
+        self._closing = False
         self.restarts = 0
         """Engines started again so far, over the whole pool."""
         if recipe.rollout.urls:
@@ -116,6 +117,7 @@ class EnginePool:
 
     async def close(self) -> None:
         """End every engine that was started here, with all its children."""
+        self._closing = True
         await asyncio.gather(*(self._shut(slot, grace=True) for slot in self._slots))
 
     async def generate(
@@ -198,6 +200,8 @@ class EnginePool:
         slot.life += 1
         if slot.spec is None and not await client.healthy():
             raise EngineError(f"no vLLM server answers at {url} (rollout.urls); start it, or correct the URL")
+        if slot.spec is None:
+            await client.call("POST", "/resume")  # a run that was killed during an update left the server paused
         await client.check()
         if self._source is None:
             await client.set_weight_version(self._version)
@@ -236,20 +240,25 @@ class EnginePool:
         async with slot.lock:
             if slot.life != life:
                 return
+            if self._closing:
+                raise err
             if slot.spec is None or await self._transient(slot):
                 if attempt >= len(_BACKOFF_S):
                     raise EngineError(f"engine {slot.index} gave out: {err}") from err
-                await asyncio.sleep(_BACKOFF_S[attempt])
+            else:
+                await self._restart(slot, err)
                 return
-            cause = "" if slot.process is None else slot.process.cause()
-            await self._shut(slot, grace=False)
-            if self.restarts >= self._recipe.rollout.max_restarts:
-                raise EngineError(
-                    f"engine {slot.index} died after {self.restarts} restarts (rollout.max_restarts); "
-                    f"last cause: {cause}"
-                ) from err
-            self.restarts += 1
-            await self._open(slot)
+        await asyncio.sleep(_BACKOFF_S[attempt])  # not under the lock: many requests wait side by side
+
+    async def _restart(self, slot: _Slot, err: EngineLost) -> None:
+        cause = "" if slot.process is None else slot.process.cause()
+        await self._shut(slot, grace=False)
+        if self.restarts >= self._recipe.rollout.max_restarts:
+            raise EngineError(
+                f"engine {slot.index} died after {self.restarts} restarts (rollout.max_restarts); last cause: {cause}"
+            ) from err
+        self.restarts += 1
+        await self._open(slot)
 
     async def _transient(self, slot: _Slot) -> bool:
         """Whether a lost request's engine is fine: its process runs and its engine core answers."""

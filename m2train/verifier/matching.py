@@ -224,6 +224,8 @@ class _Candidate:
     strong: frozenset[int]
     """Token positions of direct evidence."""
     topical: bool
+    named: bool
+    """Asked for by name: the topic in a word or two, or a finding."""
 
 
 def _score(case: CaseScript, sentence: str) -> list[_Candidate]:
@@ -266,7 +268,8 @@ def _score(case: CaseScript, sentence: str) -> list[_Candidate]:
         text = len(keys.text & set(tokens))
         score += min(0.35 * text, 1.05)
         if score > 0:
-            found.append(_Candidate(fact, score, frozenset(strong), hit is not None))
+            named = hit.end() - hit.start() <= 12 if hit else fact.topic == "associated" and about >= 1.5
+            found.append(_Candidate(fact, score, frozenset(strong), hit is not None, named))
     return found
 
 
@@ -356,40 +359,8 @@ _WEIGHTS = {
 """A softmax over a case's facts and "nothing", fitted on the development questions and, at 3 % weight, on the example
 questions put to patients with and without such a fact (each example then left out of its topic)."""
 _NULL = 6.209
-_SURE = {"clinical": 0.3, "private": 0.35}
-"""Probability from which a fact is told: privacy takes more."""
-_BLIND = 0.2
-"""Added where the lexicon sees nothing: a likeness alone must be clearer."""
-_NEAR: dict[str, frozenset[str]] = {
-    topic: frozenset(near.split())
-    for topic, near in {
-        "onset": "duration progression timing menstrual",
-        "duration": "onset timing frequency menstrual progression",
-        "frequency": "duration timing bowel urine menstrual sleep",
-        "location": "radiation character",
-        "radiation": "location",
-        "character": "location severity timing progression bowel urine",
-        "severity": "function character",
-        "progression": "onset duration character",
-        "trigger": "relief diet timing exposure function previous_tests progression",
-        "relief": "trigger medications",
-        "timing": "trigger onset frequency sleep progression character",
-        "associated": "",
-        "medications": "relief allergies previous_tests past_history",
-        "past_history": "surgery previous_tests medications onset pregnancy exposure",
-        "mood": "worries function occupation",
-        "worries": "mood past_history previous_tests",
-        "function": "occupation mood severity sleep",
-        "occupation": "function exposure mood",
-        "exposure": "travel occupation",
-        "diet": "bowel alcohol trigger",
-        "sleep": "timing mood",
-        "sexual": "mood pregnancy",
-        "surgery": "past_history previous_tests",
-        "previous_tests": "surgery past_history",
-    }.items()
-}
-"""Topics whose facts answer a question of this one when the patient has none on it."""
+_SURE = 0.55
+"""Probability from which a fact is told."""
 _SECOND = 3.2
 """Lexicon score from which a further fact of the same question counts."""
 
@@ -468,26 +439,15 @@ def match_sentence(case: CaseScript, sentence: str) -> list[Match]:
     if re.search(r",|\bor\b|\band\b|/", core):
         for logit, fact in ranked:
             found = lexical.get(fact.id)
-            if found and found.score >= _SECOND and logit > _NULL and not found.strong & used and len(chosen) < 3:
+            if not found or not found.named or found.score < _SECOND:
+                continue
+            if logit > _NULL and not found.strong & used and len(chosen) < 3:
                 chosen.append(Match(fact, logit, evidence))
                 used |= found.strong
     if len(chosen) >= 2:
         return chosen
     top, fact = ranked[0]
-    found = lexical.get(fact.id)
-    needed = _SURE[fact.sensitivity] + (0.0 if found and found.score >= 1.0 else _BLIND)
-    if _sure(logits) < needed or _foreign(case, core, fact, found):
-        return []
-    return [Match(fact, top, evidence)]
-
-
-def _foreign(case: CaseScript, core: str, fact: Fact, found: _Candidate | None) -> bool:
-    """Whether a question is plainly about topics this patient has nothing on, and the fact only resembles it."""
-    if found and (found.strong or found.topical):
-        return False
-    asked = {topic for topic, pattern in _asking().items() if pattern.search(core)}
-    own = {other.topic for other in case.facts}
-    return bool(asked) and not asked & own and not any(fact.topic in _NEAR.get(topic, ()) for topic in asked)
+    return [Match(fact, top, evidence)] if _sure(logits) >= _SURE else []
 
 
 _ELLIPSIS = re.compile(r"^(?:and |so |but )?(?:what|how) about (?:you|yourself|him|her|that)\b|^(?:is|are|was|does|do|did|have|has) (?:that|you|it)(?: like that| true| so| one| too)?\s*\?")
