@@ -206,7 +206,7 @@ class Recipe(Section):
             raise ValueError("algo.kind = 'cispo' has no algo.dual_clip; drop one of them")
         if self.rollout.top_p < 1 and self.mismatch_limit is not None:
             raise ValueError(
-                f"rollout.top_p = {self.rollout.top_p}: the engine's log-probs are those of the truncated distribution, "
+                f"rollout.top_p = {self.rollout.top_p}: the engine's log-probs are of the truncated distribution, "
                 "the learner's are not, so mismatch_limit cannot hold; set rollout.top_p = 1, or drop mismatch_limit"
             )
         if self.learner.packing == "none" and self.learner.micro_batches is not None:
