@@ -1,4 +1,4 @@
-"""Rubrics and grades: they adapt to the dialogue, good replies score high, and tricks score below the untrained model."""
+"""Rubrics and grades: they adapt, good replies score high, and tricks score below the untrained model."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def untrained(scoring: Scoring, mode: str = "greedy") -> float:
     return fmean(reward(*row, scoring) for row in saved("untrained_replies.jsonl", mode))
 
 
-# --- scoring ---------------------------------------------------------------------------------------------------------
+# --- scoring
 
 WEIGHTS = (7, 5, 10, -6)
 RUBRICS = [Rubric(dimension=DIMENSIONS[0], text="t", weight=w, check="specific") for w in WEIGHTS]
@@ -122,7 +122,7 @@ def test_the_grader_says_when_it_cannot_tell() -> None:
     assert grade(RUBRICS[0], "word " * MAX_CHARS, case, turns).met is None
 
 
-# --- rubrics ---------------------------------------------------------------------------------------------------------
+# --- rubrics
 
 
 def test_rubrics_of_every_opening_are_gradable() -> None:
@@ -218,7 +218,7 @@ def test_faults_are_found(reply: str, check: str) -> None:
     assert check in met
 
 
-# --- what cannot be gamed --------------------------------------------------------------------------------------------
+# --- what cannot be gamed
 
 STOCK = (
     "Can you tell me more about your symptoms?",
@@ -233,8 +233,8 @@ STOCK = (
     "I am sorry to hear that. How are you feeling today?",
 )
 PARAGRAPH = (
-    "I am so sorry to hear that you are feeling unwell. That must be very hard for you. When did it start, and how long "
-    "does it last? Do you have any fever, cough, chest pain or shortness of breath?"
+    "I am so sorry to hear that you are feeling unwell. That must be very hard for you. When did it start, and how "
+    "long does it last? Do you have any fever, cough, chest pain or shortness of breath?"
 )
 TRICKS: dict[str, Callable[[CaseScript, list[Turn]], str]] = {
     **{text: (lambda case, turns, text=text: text) for text in STOCK},  # type: ignore[misc]

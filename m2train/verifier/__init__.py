@@ -1,5 +1,6 @@
-"""The embedded verifier: simulated patients, rubrics, grades. CPU only, no language model, deterministic under a seed.
+"""The embedded verifier: simulated patients, rubrics, grades.
 
+CPU only, no language model, deterministic under a seed.
 Each part stands behind a protocol, so that a part backed by a language model can take its place.
 """
 
@@ -85,7 +86,9 @@ class EmbeddedVerifier:
         """Criteria for the reply that follows these turns."""
         return self.generator(case, turns)
 
-    def grade(self, rubrics: Sequence[Rubric], reply_text: str, case: CaseScript, turns: Sequence[Turn]) -> list[Verdict]:
+    def grade(
+        self, rubrics: Sequence[Rubric], reply_text: str, case: CaseScript, turns: Sequence[Turn]
+    ) -> list[Verdict]:
         """One verdict per criterion."""
         return [self.grader(rubric, reply_text, case, turns) for rubric in rubrics]
 

@@ -48,7 +48,16 @@ _ANSWERS = re.compile(
     r"once (?:i|we) know|first (?:i|we|let)|good question|to answer|depends on|relie\w+|yes|as for)\b"
 )
 _MARKUP = re.compile(r"https?://|www\.|[#*_]{2,}|^\s*(?:[-*]|\d+[.)])\s|[{}<>|\\]|[^\x00-\x7f]{3,}", re.MULTILINE)
-_SWAP = {"i": "you", "me": "you", "my": "your", "mine": "yours", "myself": "yourself", "am": "are", "i'm": "you're", "i've": "you've"}
+_SWAP = {
+    "i": "you",
+    "me": "you",
+    "my": "your",
+    "mine": "yours",
+    "myself": "yourself",
+    "am": "are",
+    "i'm": "you're",
+    "i've": "you've",
+}
 
 
 @lru_cache(maxsize=1)
@@ -75,7 +84,9 @@ _FUNCTION = frozenset(
     you've i'd i'll don't""".split()
 )
 _GENERIC = frozenset(stem(word) for word in GENERIC.split())
-_SYMPTOMS = tuple((name, frozenset(stem(w) for p in words_.split() for w in p.split("_"))) for name, words_ in CONCEPTS.items())
+_SYMPTOMS = tuple(
+    (name, frozenset(stem(w) for p in words_.split() for w in p.split("_"))) for name, words_ in CONCEPTS.items()
+)
 
 
 def _grams(tokens: Sequence[str], size: int) -> list[tuple[str, ...]]:
@@ -154,7 +165,9 @@ class Analysis:
     def strange(self) -> list[str]:
         """Its words that do not belong in a consultation."""
         known = _vocabulary() | self.own_words
-        return [word for word in self.words if stem(word) not in known and stem(_CONTRACTED.sub("", word)) not in known]
+        return [
+            word for word in self.words if stem(word) not in known and stem(_CONTRACTED.sub("", word)) not in known
+        ]
 
     @cached_property
     def repeats(self) -> str | None:
@@ -207,7 +220,10 @@ class Analysis:
         if found:
             return found.group()
         terms = "|".join(re.escape(term) for term in self.case.complaint.symptom_terms)
-        found = re.search(rf"\bmy (?:\w+ )?(?:{terms})\b|\bi (?:have|feel|get|am having|'ve had|keep getting) (?:\w+ )?(?:{terms})\b", text)
+        found = re.search(
+            rf"\bmy (?:\w+ )?(?:{terms})\b|\bi (?:have|feel|get|am having|'ve had|keep getting) (?:\w+ )?(?:{terms})\b",
+            text,
+        )
         return found.group() if found else None
 
     @cached_property
@@ -239,7 +255,10 @@ def _asks_facts(reply: Analysis, args: dict[str, Any]) -> Outcome:
 
 
 def _specific(reply: Analysis, args: dict[str, Any]) -> Outcome:
-    return reply.mention is not None, f"the patient's words: {reply.mention}" if reply.mention else "none of the patient's words"
+    return (
+        reply.mention is not None,
+        f"the patient's words: {reply.mention}" if reply.mention else "none of the patient's words",
+    )
 
 
 def _empathy(reply: Analysis, args: dict[str, Any]) -> Outcome:
@@ -305,7 +324,10 @@ def _next_step(reply: Analysis, args: dict[str, Any]) -> Outcome:
 
 
 def _stock(reply: Analysis, args: dict[str, Any]) -> Outcome:
-    return reply.mention is None, "no word of this patient's problem" if reply.mention is None else f"speaks of {reply.mention}"
+    return (
+        reply.mention is None,
+        "no word of this patient's problem" if reply.mention is None else f"speaks of {reply.mention}",
+    )
 
 
 def _repetition(reply: Analysis, args: dict[str, Any]) -> Outcome:
@@ -334,7 +356,11 @@ def _wrong_diagnosis(reply: Analysis, args: dict[str, Any]) -> Outcome:
     text = normalise(reply.reply)
     own = {normalise(name) for name in (reply.case.diagnosis, *reply.case.diagnosis_synonyms)}
     for name in _diagnoses():
-        if name not in own and not any(name in o or o in name for o in own) and re.search(rf"\b{re.escape(name)}\b", text):
+        if (
+            name not in own
+            and not any(name in o or o in name for o in own)
+            and re.search(rf"\b{re.escape(name)}\b", text)
+        ):
             return True, repr(name)
     return False, "names no wrong disease"
 

@@ -24,7 +24,9 @@ ASKING: dict[str, tuple[str, ...]] = {
         r"how did (?:it|this|that|all this|the \w+(?: \w+)?) (?:all )?(?:start|begin|come about|first)",
         r"how (?:and when|when) did",
         r"date back to|go back to|first sign|beginning of (?:it|this|your)",
-        r"(?:did|has) " + _IT + r" (?:only |just )?(?:start|begin|begun|started|come on) (?:recently|today|yesterday|last|this)",
+        r"(?:did|has) "
+        + _IT
+        + r" (?:only |just )?(?:start|begin|begun|started|come on) (?:recently|today|yesterday|last|this)",
         r"how (?:recent|new) is",
     ),
     "duration": (
@@ -126,7 +128,10 @@ ASKING: dict[str, tuple[str, ...]] = {
         r"what (?:do|are|does|is|have|has) (?:you|he|she) (?:currently |regularly |already )?(?:take|taking|tried|use|using|given)\b",
         r"(?:paracetamol|ibuprofen|aspirin|antibiotics?|blood[- ]thinners?|steroids?|insulin|antacids?|creams?|ointments?|drops)\b",
     ),
-    "allergies": (r"allerg\w*", r"(?:react|reaction|reacted) (?:badly )?to (?:any|a |medicines?|drugs?|foods?)|intoleran"),
+    "allergies": (
+        r"allerg\w*",
+        r"(?:react|reaction|reacted) (?:badly )?to (?:any|a |medicines?|drugs?|foods?)|intoleran",
+    ),
     "family_history": (
         r"(?:family|relatives?|relations?|parents?|mother|father|mum|mom|dad|sisters?|brothers?|siblings?|grandparents?|grand(?:mother|father)|aunts?|uncles?|blood relatives?)\b(?! (?:at home|worry|worried))",
         r"(?:run|runs|running) in (?:the|your|his|her) family|hereditary|inherit|anyone (?:else )?(?:in (?:the|your)|related)|close to you (?:had|have)",
@@ -159,25 +164,43 @@ ASKING: dict[str, tuple[str, ...]] = {
         r"\bpets?\b|\bcats?\b|\bdogs?\b|animals?|ticks?\b|(?:been|got|get|insect|mosquito|bug) (?:bitten|bites?)|\bbit(?:ten|es?)\b|exposure|exposed|sunburn|sunbeds?|mou?ld|dust\b|asbestos|chemicals?",
         r"(?:recent|recently|lately|any) (?:infections?|virus|viral|cold|flu)|swallow(?:ed)? (?:something|anything|a )",
     ),
-    "sleep": (r"\bsle(?:ep|eps|eping|pt)\b|\bpillows?\b|insomnia|(?:lie|lying|lay) (?:flat|down)|wak(?:e|es|en|ing) (?:you|up|him|her|at|in)|woken|night'?s rest|nightmares?|bad dreams|dreams?\b|a full night",),
+    "sleep": (
+        r"\bsle(?:ep|eps|eping|pt)\b|\bpillows?\b|insomnia|(?:lie|lying|lay) (?:flat|down)|wak(?:e|es|en|ing) (?:you|up|him|her|at|in)|woken|night'?s rest|nightmares?|bad dreams|dreams?\b|a full night",
+    ),
     "mood": (
         r"\bmood\b|spirits\b|depress\w*|anxi(?:ous|ety)|stress\w*|emotion\w*|mental(?:ly)?|tearful|\blow\b|\bcoping\b|\bcope\b(?!.*\b(?:housework|shopping|work)\b)|\bsad\b|lonel\w+|hopeless|irritab\w+|suicid\w*|(?:harm|hurt|hurting|harming|kill|killing) (?:yourself|himself|herself)|(?:end|ending|take|taking) your (?:own )?life|better off dead|not being here|panicky",
         r"how (?:are|have|do|were|is) (?:you|things|he|she)(?: been)? (?:feeling|feel|doing|managing|holding up|coping|bearing up)?(?: in yourself| emotionally| mentally| inside| in your(?:self| mind))|within yourself|in yourself|on your mind|how do you feel about (?:yourself|your body)|(?:upset|unhappy|down in|getting you down|feel(?:ing)? down)",
         r"(?:things|life|everything|situation|going on|trouble|problems|arguments|changes) (?:at|with|around) (?:home|school)|home life|at home\?|how (?:are|is) (?:things|life)|support at home",
     ),
-    "weight": (r"\bweight\b|\bweigh\w*|(?:lost|gained|put on|losing|gaining|dropped) (?:any |some )?(?:weight|pounds|kilos|stone)|clothes (?:got|getting|feel|fit|looser|tighter)|slimmer|thinner|heavier than",),
+    "weight": (
+        r"\bweight\b|\bweigh\w*|(?:lost|gained|put on|losing|gaining|dropped) (?:any |some )?(?:weight|pounds|kilos|stone)|clothes (?:got|getting|feel|fit|looser|tighter)|slimmer|thinner|heavier than",
+    ),
     "function": (
         r"(?:affect|affected|affecting|impact|interfer\w*|stop|stopped|stopping|limit\w*|prevent\w*|get in the way|hold\w* you back)\b.*\b(?:work|life|daily|day|activities|doing|job|school|hobb\w+|walk\w*|driv\w*|you|sport)",
         r"(?:able to|can you still|manage to|manage with|managing|cope with|do you (?:still )?(?:drive|exercise|walk|play)|struggl\w+ (?:to|with)|difficult\w* (?:to|with)|trouble (?:doing|with everyday)|hard to)\b.*\b(?:work|walk|driv\w+|dress\w*|wash|cook\w*|stairs|shopp\w+|exercise|sport|house\w*|everyday|daily|tasks?|jobs?|normal|things|usual)",
         r"(?:day[- ]to[- ]day|daily|everyday) (?:life|activities|tasks|living|things|routine)|what can(?:'t| not|not) you do|how far can you|(?:can|can't|cannot) (?:you )?(?:no longer|still)|given up|had to stop|missing? (?:work|school)|time off|days off|\bavoid(?:ed|ing)?\b|exercise|drive\b|driving\b|get about|housework",
     ),
-    "menstrual": (r"\bperiods?\b(?! of)|menstru\w*|\bcycles?\b|time of the month|menopaus\w*|monthl(?:y|ies) bleed|last bleed",),
-    "sexual": (r"\bsex(?:ual|ually)?\b|sexual\w*|partners?\b|intima\w+|intercourse|erections?|libido|sleeping with|sex life|unprotected|condoms?|relationship|private parts|genital\w*|sexually transmitted|\bSTI\b",),
-    "pregnancy": (r"pregnan\w*|expecting|conceiv\w*|try(?:ing)? for a (?:baby|child)|miscarr\w*|have (?:any )?children|(?:given|give) birth|born (?:early|at|on|full|prem)|(?:his|her) birth|full[- ]term|antenatal|how many children|want (?:more )?(?:children|a baby)",),
-    "surgery": (r"\bsurg\w*|operat(?:ion|ions|ed)|under the knife|procedures?\b|had anything (?:removed|taken out)|anaesthetic",),
-    "previous_tests": (r"(?:had|done|have|any|do|did|been|run|recent|previous|already)\b.*\b(?:tests?|scans?|x-?rays?|investigations?|bloods?(?: tests?)? (?:done|taken)|ecg|ultrasound|mri|ct|endoscop\w*|camera|smears?|check-?ups?|results?|swabs?|biops\w+|screening|samples?|eye test)\b(?! for (?:you|this) (?:now|today))|seen (?:another|a|any other) (?:doctor|specialist|gp|consultant)|\b(?:test|scan|blood) results?",),
-    "bowel": (r"\bbowels?\b|\bstools?\b|\bpoo(?:s|ing|ed)?\b|diarrh\w*|constipat\w*|motions?\b|opening your|(?:going to|go to|using|use) the (?:toilet|loo|bathroom)|number two|\bnapp(?:y|ies)\b|toilet habits?|(?:blood|colou?r) (?:of|in) your (?:stool|poo)",),
-    "urine": (r"\burin\w*|\bpee(?:s|ing|d)?\b|\bwee(?:s|ing)?\b|pass(?:ing)? water|waterworks|bladder|\bflow\b|stream\b",),
+    "menstrual": (
+        r"\bperiods?\b(?! of)|menstru\w*|\bcycles?\b|time of the month|menopaus\w*|monthl(?:y|ies) bleed|last bleed",
+    ),
+    "sexual": (
+        r"\bsex(?:ual|ually)?\b|sexual\w*|partners?\b|intima\w+|intercourse|erections?|libido|sleeping with|sex life|unprotected|condoms?|relationship|private parts|genital\w*|sexually transmitted|\bSTI\b",
+    ),
+    "pregnancy": (
+        r"pregnan\w*|expecting|conceiv\w*|try(?:ing)? for a (?:baby|child)|miscarr\w*|have (?:any )?children|(?:given|give) birth|born (?:early|at|on|full|prem)|(?:his|her) birth|full[- ]term|antenatal|how many children|want (?:more )?(?:children|a baby)",
+    ),
+    "surgery": (
+        r"\bsurg\w*|operat(?:ion|ions|ed)|under the knife|procedures?\b|had anything (?:removed|taken out)|anaesthetic",
+    ),
+    "previous_tests": (
+        r"(?:had|done|have|any|do|did|been|run|recent|previous|already)\b.*\b(?:tests?|scans?|x-?rays?|investigations?|bloods?(?: tests?)? (?:done|taken)|ecg|ultrasound|mri|ct|endoscop\w*|camera|smears?|check-?ups?|results?|swabs?|biops\w+|screening|samples?|eye test)\b(?! for (?:you|this) (?:now|today))|seen (?:another|a|any other) (?:doctor|specialist|gp|consultant)|\b(?:test|scan|blood) results?",
+    ),
+    "bowel": (
+        r"\bbowels?\b|\bstools?\b|\bpoo(?:s|ing|ed)?\b|diarrh\w*|constipat\w*|motions?\b|opening your|(?:going to|go to|using|use) the (?:toilet|loo|bathroom)|number two|\bnapp(?:y|ies)\b|toilet habits?|(?:blood|colou?r) (?:of|in) your (?:stool|poo)",
+    ),
+    "urine": (
+        r"\burin\w*|\bpee(?:s|ing|d)?\b|\bwee(?:s|ing)?\b|pass(?:ing)? water|waterworks|bladder|\bflow\b|stream\b",
+    ),
     "worries": (
         r"\bworr(?:y|ied|ies|ying)\b|concern(?:s|ed)?\b(?! about (?:this|that) (?:result|finding))|afraid|scared|frighten\w*|\bfear\w*|(?:what|how) do you think (?:it|this|is|might|could|may)|your (?:own )?(?:ideas|thoughts|expectations)|think (?:is|might be|could be) (?:going on|causing|wrong|the)|hoping (?:for|i|we|to)|anything (?:else )?(?:on your mind|you(?:'d| would) like to (?:tell|ask|discuss))|playing on your mind|bother(?:s|ing) you (?:the )?most about|dread",
     ),
@@ -325,7 +348,7 @@ WEAK = frozenset(
 )
 """Words that many questions share: they support a match but never make one, unless their topic was asked for."""
 
-GENERIC = """pain painful hurt ache aches sore problem trouble symptom feel feeling felt issue condition skin red bad
+GENERIC = """scale pain painful hurt ache aches sore problem trouble symptom feel feeling felt issue condition skin red bad
     sick body side day days night nights week weeks month months year years time times morning evening today yesterday
     keep keeps get gets getting got go goes going gone come comes coming came up down out off on in over under back round
     one two three four five few lot more most much many really honestly just so very all any some every no not never

@@ -112,7 +112,20 @@ def words(text: str) -> list[str]:
 def stem(word: str) -> str:
     """A light English stemmer: plural, -ing, -ed, -ly and doubled consonants."""
     word = word.removesuffix("'s")
-    for suffix, least in (("ies", 3), ("iness", 3), ("ness", 4), ("ingly", 4), ("edly", 4), ("ing", 3), ("ed", 3), ("ly", 4), ("es", 4), ("s", 3), ("y", 4), ("e", 4)):
+    for suffix, least in (
+        ("ies", 3),
+        ("iness", 3),
+        ("ness", 4),
+        ("ingly", 4),
+        ("edly", 4),
+        ("ing", 3),
+        ("ed", 3),
+        ("ly", 4),
+        ("es", 4),
+        ("s", 3),
+        ("y", 4),
+        ("e", 4),
+    ):
         if word.endswith(suffix) and len(word) - len(suffix) >= least and not word.endswith(("ss", "us", "is")):
             word = word[: -len(suffix)]
             break
@@ -131,10 +144,17 @@ def is_question(sentence: str) -> bool:
     body = sentence.rstrip(" .!?;\"')")
     asked = "?" in sentence
     if _REQUEST.search(body) and not re.search(r"\b(?:don't|do not|no) need to|\bno need\b", body):
-        return asked or not re.search(r"\b(?:tell|let) me (?:know )?(?:at once |straight away )?(?:if|when) (?:it|the|this|you (?:feel|notice|get|develop|start))", body)
+        return asked or not re.search(
+            r"\b(?:tell|let) me (?:know )?(?:at once |straight away )?(?:if|when) (?:it|the|this|you (?:feel|notice|get|develop|start))",
+            body,
+        )
     if _ADVICE.search(body) and not _ASK_TAIL.search(body):
         return False
-    return asked or bool(_QUESTION_START.match(body)) and not re.match(r"^(?:when|how|what) (?:you|it|i|we|the|this)\b", body)
+    return (
+        asked
+        or bool(_QUESTION_START.match(body))
+        and not re.match(r"^(?:when|how|what) (?:you|it|i|we|the|this)\b", body)
+    )
 
 
 _ASK_TAIL = re.compile(rf"(?:,|\band\b|\bor\b|-) (?:{_AUX}|{_WH}) (?:you|it|the|your|there|any|long|often|bad)\b")
@@ -361,7 +381,7 @@ questions put to patients with and without such a fact (each example then left o
 _NULL = 6.209
 _SURE = 0.55
 """Probability from which a fact is told."""
-_SURE_HALF = 0.8
+_SURE_HALF = 0.75
 """The same for half a question."""
 _SECOND = 3.2
 """Lexicon score from which a further fact of the same question counts."""
@@ -472,7 +492,9 @@ def _match_clause(case: CaseScript, sentence: str, core: str, needed: float) -> 
     return [Match(fact, top, evidence)] if _sure(logits) >= needed else []
 
 
-_ELLIPSIS = re.compile(r"^(?:and |so |but )?(?:what|how) about (?:you|yourself|him|her|that)\b|^(?:is|are|was|does|do|did|have|has) (?:that|you|it)(?: like that| true| so| one| too)?\s*\?")
+_ELLIPSIS = re.compile(
+    r"^(?:and |so |but )?(?:what|how) about (?:you|yourself|him|her|that)\b|^(?:is|are|was|does|do|did|have|has) (?:that|you|it)(?: like that| true| so| one| too)?\s*\?"
+)
 
 
 @lru_cache(maxsize=4096)

@@ -166,8 +166,9 @@ class AffectiveUnit:
 
 
 _CLINICAL = frozenset(
-    """fever sweat nausea breath faint dizzy palpitation swelling blood rash itch numb weak vision headache cough phlegm
-    wheeze lump jaundice confused diabetes thyroid cancer stroke allergy operation injury pregnant suicide""".split()
+    """fever sweat nausea breath faint dizzy palpitation swelling blood rash itch numb weak vision headache cough
+    phlegm wheeze lump jaundice confused diabetes thyroid cancer stroke allergy operation injury pregnant
+suicide""".split()
 )
 """Findings that a patient must not make up."""
 _NEGATIVE = frozenset("no not never nothing nobody none neither nor without cannot n't".split())
@@ -304,7 +305,8 @@ def _the(symptom: str) -> str:
 
 _SMALL = frozenset(
     stem(w)
-    for w in "a an the i me my it its is am are was were be been do did does have has had and or but so of to in on at for with that this he she they we you as".split()
+    for w in """a an the i me my it its is am are was were be been do did does have has had and or but so of to in on
+    at for with that this he she they we you as""".split()
 )
 
 

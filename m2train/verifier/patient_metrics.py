@@ -40,7 +40,7 @@ def privacy_score(case: CaseScript, turns: Sequence[Turn]) -> float | None:
 
 
 def fact_score(case: CaseScript, turns: Sequence[Turn]) -> float | None:
-    """Share of the patient's answers without a contradiction of the script or a made-up finding; None without answers."""
+    """Share of the patient's answers that contradict no fact and make nothing up; None without answers."""
     unit = FactualUnit(case)
     everything = {fact.id for fact in case.facts}
     kept = []
@@ -61,13 +61,12 @@ def personification_score(case: CaseScript, turns: Sequence[Turn]) -> float | No
     said = [patient for _, patient in pairs]
     treatment_asked = any(q in text for text in said for q in voice.TREATMENT_QUESTIONS)
     outgoing = not treatment_asked if not case.persona.extrovert else treatment_asked or len(pairs) < 3
-    answered = [
-        any(phrase in patient for phrase in (*voice.THANKS, *voice.HURT)) for _, patient in pairs
-    ]
+    answered = [any(phrase in patient for phrase in (*voice.THANKS, *voice.HURT)) for _, patient in pairs]
     feeling = not any(answered) if not case.persona.feeling else any(answered) or len(pairs) < 3
     costly = [patient for doctor, patient in pairs if voice.COSTLY.search(doctor)]
     thrifty = case.persona.income != "low" or not costly or any(c in p for p in costly for c in voice.COST)
-    advised = [patient for doctor, patient in pairs if voice.TREATMENT.search(doctor) and not voice.COSTLY.search(doctor)]
+    treated = [(doctor, patient) for doctor, patient in pairs if voice.TREATMENT.search(doctor)]
+    advised = [patient for doctor, patient in treated if not voice.COSTLY.search(doctor)]
     learned = case.persona.education != "university" or not advised
     learned = learned or any(e in p for p in advised for e in voice.EVIDENCE)
     return 0.5 * (outgoing + feeling) / 2 + 0.5 * (thrifty + learned) / 2

@@ -1,8 +1,8 @@
 """Rubrics for one slice of a dialogue: what the doctor's next reply should and should not do, with weights.
 
-Templates instead of a trained generator, behind the same interface. They adapt to what has been told, to what is still
-open, to the persona (F wants warmth, a short schooling wants short sentences), to urgency, and to the patient's own
-questions. Points for asking count only in a reply that speaks of this patient's problem: see `grading`.
+Templates instead of a trained generator, behind the same interface. They adapt to what has been told, to what is
+still open, to the persona (F wants warmth, a short schooling wants short sentences), to urgency, and to the patient's
+own questions. Points for asking count only in a reply that speaks of this patient's problem: see `grading`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,9 @@ TREATMENT = re.compile(
     r"\b(?:take|taking|prescrib\w*|tablets?|antibiotics?|medicines?|medications?|treat(?:ment|ed|ing)?|therapy|surgery|operation|injection|cream|inhaler|dose|"
     r"i (?:recommend|suggest|advise)|you should|you need|start you on|physiotherapy)\b"
 )
-COSTLY = re.compile(r"\b(?:mri|ct scan|scans?|private(?:ly)?|specialist|surgery|operation|clinic|referral|expensive|tests?|hospital stay|therapy|brand)\b")
+COSTLY = re.compile(
+    r"\b(?:mri|ct scan|scans?|private(?:ly)?|specialist|surgery|operation|clinic|referral|expensive|tests?|hospital stay|therapy|brand)\b"
+)
 GOODBYE = re.compile(
     r"\b(?:good ?bye|bye(?: for now)?|take care(?! of (?:it|this|that|your|the))|see you (?:soon|then|next|in|later)|have a (?:good|nice|lovely) (?:day|evening|week(?:end)?)|"
     r"(?:thanks|thank you) for coming|that (?:is|will be) all for (?:today|now)|our (?:time|consultation) is (?:up|over))\b"
@@ -40,7 +42,12 @@ ASSERTS = re.compile(
 )
 
 THANKS = ("Thank you, that helps.", "Thank you for saying that.", "It is good to be heard.", "That is kind of you.")
-HURT = ("I do not feel you are listening.", "I am quite upset about this, you know.", "That felt a bit cold, to be honest.", "I was hoping for a kinder word.")
+HURT = (
+    "I do not feel you are listening.",
+    "I am quite upset about this, you know.",
+    "That felt a bit cold, to be honest.",
+    "I was hoping for a kinder word.",
+)
 REPEAT = ("As I said, ", "Like I told you, ", "I did mention it, ")
 LEADS: dict[str, tuple[str, ...]] = {
     "E": ("", "", "Oh yes, ", "Well, ", "Let me think. ", "Good that you ask. "),
@@ -55,13 +62,23 @@ VAGUE = (
     "I am not sure what you mean.", "I see.", "All right.", "Okay, but I still have {symptom}.", "Hm, I came about {symptom}.",
     "I do not quite follow you.", "It is {symptom} that brought me here.",
 )  # fmt: skip
-BROAD = ("It is mostly {symptom}.", "I do not know where to begin. It is {symptom}.", "What would you like to know?", "Just what I told you, {symptom}.")
+BROAD = (
+    "It is mostly {symptom}.",
+    "I do not know where to begin. It is {symptom}.",
+    "What would you like to know?",
+    "Just what I told you, {symptom}.",
+)
 AGAIN = ("You asked me that already.", "You said that before.", "We have been through that.")
 TREATMENT_QUESTIONS = (
     "What can be done about it?", "Is there a treatment for this?", "Will I need medicine for it?", "How do we get rid of it?",
     "Can you give me something for it?",
 )  # fmt: skip
-COST = ("I cannot afford anything expensive.", "Will that cost me a lot?", "Is there a cheaper way?", "Money is tight for us, I have to say.")
+COST = (
+    "I cannot afford anything expensive.",
+    "Will that cost me a lot?",
+    "Is there a cheaper way?",
+    "Money is tight for us, I have to say.",
+)
 EVIDENCE = ("What is the evidence for that?", "Has that been shown to work?", "Is that what the guidelines say?")
 SAFE = ("I am not sure what to say to that.", "I do not know.", "Sorry, could you ask that another way?")
 
