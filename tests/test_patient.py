@@ -163,10 +163,10 @@ def test_personas_differ() -> None:
 
 
 def test_metrics_of_our_own_patients() -> None:
-    sessions = [(case, talk(case, 5)) for case in list(CASES.values())[::4]]
-    privacy = [privacy_score(case, turns) for case, turns in sessions]
-    fact = [fact_score(case, turns) for case, turns in sessions]
-    person = [personification_score(case, turns) for case, turns in sessions]
+    dialogues = [(case, talk(case, 5)) for case in list(CASES.values())[::4]]
+    privacy = [privacy_score(case, turns) for case, turns in dialogues]
+    fact = [fact_score(case, turns) for case, turns in dialogues]
+    person = [personification_score(case, turns) for case, turns in dialogues]
     means = [sum(s for s in scores if s is not None) / len(scores) for scores in (privacy, fact, person)]
     print("\nprivacy {:.3f}, fact {:.3f}, personification {:.3f}".format(*means))
     assert means[0] >= 0.98

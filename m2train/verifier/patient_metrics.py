@@ -1,7 +1,7 @@
 """How well a simulated patient keeps to its script: the three metrics of section 2.1.3 of the M2 report.
 
 Privacy and fact scores are shares of patient turns, read from the states that the factual unit left; the
-personification score is per session, half personality, half sociocultural background. Programs stand in for the
+personification score is per dialogue, half personality, half sociocultural background. Programs stand in for the
 report's judge model, so the numbers compare simulators of this package and nothing else.
 """
 
@@ -51,9 +51,9 @@ def fact_score(case: CaseScript, turns: Sequence[Turn]) -> float | None:
 
 
 def personification_score(case: CaseScript, turns: Sequence[Turn]) -> float | None:
-    """0.5 x personality consistency + 0.5 x sociocultural consistency of a session; None without answers.
+    """0.5 x personality consistency + 0.5 x sociocultural consistency of a dialogue; None without answers.
 
-    A trait that the session gave no occasion to show counts as kept.
+    A trait that the dialogue gave no occasion to show counts as kept.
     """
     pairs = [(normalise(doctor), patient) for doctor, patient in _exchanges(turns)]
     if not pairs:
