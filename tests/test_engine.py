@@ -293,6 +293,7 @@ def fake_server(missing: str = "") -> Iterator[str]:
     answers: dict[str, Any] = {
         "/health": {},
         "/v1/models": {"data": [{"id": "m"}]},
+        "/resume": {},
         "/weight_info": {"weight_version": "default"},
         "/inference/v1/generate": {"choices": [choice]},
     }

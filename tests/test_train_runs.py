@@ -265,7 +265,10 @@ def test_a_run_stops_trusting_rollouts_and_says_why(pool: Any, tiny_model: Path,
 
 
 @pytest.mark.timeout(500)
-def test_rollouts_apart_from_training_and_a_kill_between(pool: Any, recipe: Path, tmp_path: Path) -> None:
+def test_rollouts_apart_from_training_and_a_kill_between(
+    pool: Any, recipe: Path, tiny_model: Path, tmp_path: Path, run_async: Any
+) -> None:
+    run_async(pool.update_weights(tiny_model / "model.safetensors", "as-on-disk"))
     live = ["--set", f"rollout.urls=['{pool.urls[0]}']", "--set", "steps=2"]
     first, second = tmp_path / "a", tmp_path / "b"
     code, out = TaggedRun("train", recipe, "--run-dir", first, "--rollouts-only", *live).wait()
@@ -275,6 +278,7 @@ def test_rollouts_apart_from_training_and_a_kill_between(pool: Any, recipe: Path
     run.kill_when(lambda: journal.exists() and journal.read_bytes().count(b"\n") >= 3)
     kept = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
     resume(recipe, second, "--rollouts-only", *live)
+    assert load_rollouts(first / "rollouts" / "step_000000.json").weight_version == "as-on-disk"
     for step in range(2):
         one, other = (load_rollouts(root / "rollouts" / f"step_00000{step}.json") for root in (first, second))
         assert [d.uid for d in one.dialogues] == [d.uid for d in other.dialogues]

@@ -69,6 +69,7 @@ class EnginePool:
         self._source: tuple[Path, tuple[int, int, int]] | None = None
         self._gate = asyncio.Semaphore(recipe.rollout.concurrency)
         self._closing = False
+        self._adopted: str | None = None
         self.restarts = 0
         """Engines started again so far, over the whole pool."""
         if recipe.rollout.urls:
@@ -203,10 +204,21 @@ class EnginePool:
         if slot.spec is None:
             await client.call("POST", "/resume")  # a run that was killed during an update left the server paused
         await client.check()
-        if self._source is None:
+        if self._source is not None:
+            await self._publish(slot)
+        elif slot.spec is not None:
             await client.set_weight_version(self._version)
         else:
-            await self._publish(slot)
+            self._adopt(url, await client.weight_version())
+
+    def _adopt(self, url: str, version: str) -> None:
+        """Name the pool's weights as a given server does: they may be anyone's until this run sends its own."""
+        if self._adopted not in (None, version):
+            raise EngineError(
+                f"{url} holds weights {version!r}, another one of rollout.urls holds {self._adopted!r}; restart them "
+                "from the same model"
+            )
+        self._adopted = self._version = version
 
     async def _shut(self, slot: _Slot, *, grace: bool) -> None:
         process, slot.process = slot.process, None
