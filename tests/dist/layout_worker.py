@@ -1,0 +1,152 @@
+"""One layout's part of tests/dist/test_learner_layouts.py: `torchrun layout_worker.py FOLDER TP PP DP`.
+
+Everything that needs this layout is done in one go, as starting the processes is most of the time. Rank 0 writes what
+the test compares to FOLDER/<layout>.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from learner_models import VARIANTS, make_batch, make_recipe
+from megatron.core import parallel_state
+from torch import distributed as dist
+
+from m2train.learner import optimizer_fixes
+from m2train.learner.hf import export_weights
+from m2train.learner.parallel import start_process_group
+from m2train.learner.trainer import Trainer
+
+
+class Layout:
+    """Builds trainers of one layout after another in the same processes."""
+
+    def __init__(self, folder: Path, tp: int, pp: int, dp: int) -> None:
+        self.folder, self.sizes = folder, (tp, pp, dp)
+        self.name = f"tp{tp}pp{pp}dp{dp}"
+
+    def trainer(self, variant: str, resume: Path | None = None, **learner: Any) -> Trainer:
+        if parallel_state.is_initialized():
+            parallel_state.destroy_model_parallel()
+        recipe = make_recipe(*self.sizes, **learner)
+        return Trainer(recipe, self.folder / variant, resume)
+
+    def three_steps(self, variant: str, **learner: Any) -> dict[str, Any]:
+        """Log-probs, losses and norms of three steps, and the first step's gradients under Hugging Face names."""
+        trainer = self.trainer(variant, **learner)
+        out: dict[str, Any] = {"initial": trainer.logprobs(make_batch())}
+        grads = self.folder / f"{self.name}_{variant}_grads.safetensors"
+        step = trainer.optimizer.step
+
+        def keep_gradients() -> Any:
+            if trainer.update == 0:
+                gather_gradient_shards(trainer)
+                main = {name: p.main_grad for name, p in trainer.parameters().items()}
+                export_weights(trainer.hf, main, grads, torch.float32)
+            return step()
+
+        trainer.optimizer.step = keep_gradients
+        results = [trainer.train_step(make_batch(seed)) for seed in range(3)]
+        out["logp"] = [r.logp for r in results]
+        out["metrics"] = [r.metrics for r in results]
+        out["final"] = trainer.logprobs(make_batch())
+        if dist.get_rank() == 0:
+            from safetensors.torch import load_file
+
+            out["grads"] = load_file(grads)
+        return out
+
+    def round_trip(self, variant: str, dtype: str = "float32") -> Path:
+        """Import and export again."""
+        path = self.folder / f"{self.name}_{variant}_export.safetensors"
+        self.trainer(variant, dtype=dtype).export(path, dtype)
+        return path
+
+
+def gather_gradient_shards(trainer: Trainer) -> None:
+    """Under the distributed optimizer each DP rank holds its shard of the summed gradients: fill in the others."""
+    group = parallel_state.get_data_parallel_group()
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    if size == 1:
+        return
+    for buffer in trainer.ddp.buffers:
+        for bucket in buffer.buckets:
+            parts = list(bucket.grad_data.chunk(size))
+            mine = parts[rank].clone()
+            dist.all_gather(parts, mine, group=group)
+
+
+def resumed(layout: Layout, checkpoint: Path) -> dict[str, Any]:
+    """The third step after loading a checkpoint of two."""
+    trainer = layout.trainer("llama_tied", checkpoint, eps=1e-8, lr=1e-3)
+    result = trainer.train_step(make_batch(2))
+    return {"logp": result.logp, "metrics": result.metrics, "after": trainer.logprobs(make_batch())}
+
+
+def unbroken(layout: Layout, checkpoint: Path) -> dict[str, Any]:
+    """Three steps with ordinary Adam, a checkpoint after the second."""
+    trainer = layout.trainer("llama_tied", eps=1e-8, lr=1e-3)
+    for seed in range(2):
+        trainer.train_step(make_batch(seed))
+    trainer.save(checkpoint)
+    result = trainer.train_step(make_batch(2))
+    return {"logp": result.logp, "metrics": result.metrics, "after": trainer.logprobs(make_batch())}
+
+
+def reference_extras(layout: Layout) -> dict[str, Any]:
+    """What needs one process only."""
+    out: dict[str, Any] = {}
+    for name, settings in {
+        "micro4": {"micro_batches": 4},
+        "unpacked": {"packing": "none"},
+        "recompute": {"recompute": True},
+    }.items():
+        out[name] = layout.three_steps("qwen3", **settings)
+    checkpoint = layout.folder / "ckpt_single"
+    out["unbroken"] = unbroken(layout, checkpoint)
+    out["resumed"] = resumed(layout, checkpoint)
+    own_steps, optimizer_fixes.own_steps = optimizer_fixes.own_steps, lambda _: None
+    out["shared_step"] = resumed(layout, checkpoint)
+    optimizer_fixes.own_steps = own_steps
+    trainer = layout.trainer("qwen3")
+    batches = [make_batch(0, old=False), make_batch(1, old=False)]
+    before = trainer.logprobs(batches[1])
+    results = trainer.train(batches)
+    out["updates"] = {"before": before, "ratio_max": [r.metrics["policy/ratio_max"] for r in results]}
+    trainer = layout.trainer("bf16", dtype="bfloat16")
+    out["bf16"] = trainer.train_step(make_batch()).logp
+    layout.round_trip("bf16", "bfloat16")
+    return out
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    layout = Layout(folder, *map(int, sys.argv[2:5]))
+    start_process_group(60.0)
+    out: dict[str, Any] = {variant: layout.three_steps(variant) for variant in VARIANTS}
+    for variant in VARIANTS:
+        layout.round_trip(variant)
+    if layout.sizes == (1, 1, 1):
+        out |= reference_extras(layout)
+    if layout.sizes == (2, 1, 1):
+        out["no_sequence_parallel"] = layout.three_steps("qwen3", sequence_parallel=False)
+    if layout.sizes == (1, 1, 2):
+        out["unbroken"] = unbroken(layout, folder / "ckpt_dp2")
+        out["micro4"] = layout.three_steps("qwen3", micro_batches=4)
+    if layout.sizes == (2, 2, 1):
+        out["resumed"] = resumed(layout, folder / "ckpt_dp2")
+        out["micro4"] = layout.three_steps("qwen3", micro_batches=4)
+        out["recompute"] = layout.three_steps("qwen3", recompute=True)
+        trainer = layout.trainer("bf16", dtype="bfloat16")
+        out["bf16"] = trainer.train_step(make_batch()).logp
+    if dist.get_rank() == 0:
+        torch.save(out, folder / f"{layout.name}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

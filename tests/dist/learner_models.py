@@ -1,0 +1,107 @@
+"""Tiny random models and a fixed batch for the learner's tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m2train.config import Recipe, parse
+from m2train.learner.batch import Sample, TrainBatch
+
+# Vocabulary 131: not a multiple of anything, so that padding happens under every TP.
+_SHAPE: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.08,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+VARIANTS = ("llama", "llama_tied", "qwen2", "qwen3")
+
+
+def write_model(folder: Path, variant: str, dtype: torch.dtype = torch.float32) -> Path:
+    """Save a random model: llama (untied, llama3 rope), llama_tied, qwen2 (tied, biases), qwen3 (untied, qk-norm)."""
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
+
+    torch.manual_seed(7)
+    if variant == "llama":
+        model: Any = LlamaForCausalLM(LlamaConfig(**_SHAPE, rope_parameters=_LLAMA3_ROPE))
+    elif variant == "llama_tied":
+        model = LlamaForCausalLM(LlamaConfig(**_SHAPE, tie_word_embeddings=True))
+    elif variant == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**_SHAPE, tie_word_embeddings=True))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**_SHAPE, head_dim=24, tie_word_embeddings=False))
+    for name, parameter in model.named_parameters():  # norms of 1 and biases of 0 would hide mistakes
+        if "norm" in name or "bias" in name:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def make_batch(seed: int = 0, num: int = 12, *, old: bool = True) -> TrainBatch:
+    """Replies of unequal lengths; old log-probs off by enough that some tokens are clipped."""
+    g = torch.Generator().manual_seed(seed)
+    samples = []
+    for i in range(num):
+        context = int(torch.randint(3, 20, (1,), generator=g))
+        reply = int(torch.randint(1, 17, (1,), generator=g))
+        level = -4.9 + 0.5 * torch.randn(reply, generator=g)
+        samples.append(
+            Sample(
+                token_ids=torch.randint(0, 131, (context + reply,), generator=g),
+                loss_start=context,
+                rollout_logp=level + 0.1 * torch.randn(reply, generator=g),
+                advantage=float(torch.randn(1, generator=g)),
+                seq_id=i,
+                old_logp=level if old else None,
+            )
+        )
+    return TrainBatch(samples=samples, denom=num * 16.0, temperature=0.8)
+
+
+def make_recipe(tp: int = 1, pp: int = 1, dp: int = 1, **learner: Any) -> Recipe:
+    """fp32, 12 replies a step. eps = 1 makes Adam's update almost linear in the gradient: with a small eps it is the
+    gradient's sign, and rounding noise of 1e-7 in a gradient near zero becomes a full step in either direction."""
+    settings = {
+        "dtype": "float32",
+        "lr": 0.05,
+        "eps": 1.0,
+        "micro_batch_tokens": 256,
+        "threads": 1,
+        "timeout_s": 90.0,
+    }
+    return parse(
+        {
+            "steps": 10,
+            "algo": {"group_size": 3, "max_new_tokens": 16, "entropy_coef": 0.01},
+            "rollout": {"cases_per_step": 4, "max_context_tokens": 32, "temperature": 0.8},
+            "learner": settings | {"tp": tp, "pp": pp, "dp": dp, "start_timeout_s": 90.0} | learner,
+        }
+    )
+
+
+def torchrun_environment() -> dict[str, str]:
+    """One thread per rank, no torch.compile."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}

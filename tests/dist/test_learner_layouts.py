@@ -1,0 +1,206 @@
+"""The learner is the same function under every layout: log-probs, gradients, norms, checkpoints.
+
+Each layout runs once, in its own processes (layout_worker.py); the tests compare what they wrote.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("megatron.core")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from learner_models import VARIANTS, make_batch, torchrun_environment, write_model  # noqa: E402
+
+pytestmark = pytest.mark.timeout(300)
+
+# dp2 before tp2pp2: the latter loads its checkpoint.
+LAYOUTS = {
+    "tp1pp1dp1": (1, 1, 1),
+    "tp2pp1dp1": (2, 1, 1),
+    "tp1pp2dp1": (1, 2, 1),
+    "tp1pp1dp2": (1, 1, 2),
+    "tp2pp2dp1": (2, 2, 1),
+}
+OTHERS = [name for name in LAYOUTS if name != "tp1pp1dp1"]
+
+
+def run_layout(folder: Path, sizes: tuple[int, int, int]) -> None:
+    """torchrun in a process group of its own, ended whole when it takes too long."""
+    world = sizes[0] * sizes[1] * sizes[2]
+    command = [
+        *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", f"--nproc-per-node={world}", "--nnodes=1"),
+        *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
+        *(str(Path(__file__).with_name("layout_worker.py")), str(folder), *map(str, sizes)),
+    ]
+    process = subprocess.Popen(
+        command,
+        env=torchrun_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"layout {sizes} hung:\n{output[-3000:]}") from None
+    assert process.returncode == 0, output[-6000:]
+
+
+class Runs:
+    """Results of the layouts, made when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._found: dict[str, dict[str, Any]] = {}
+        for variant in VARIANTS:
+            write_model(folder / variant, variant)
+        write_model(folder / "bf16", "llama_tied", torch.bfloat16)
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        if name == "tp2pp2dp1":
+            self["tp1pp1dp2"]
+        if name not in self._found:
+            run_layout(self.folder, LAYOUTS[name])
+            self._found[name] = torch.load(self.folder / f"{name}.pt", weights_only=False)
+        return self._found[name]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("layouts"))
+
+
+def max_gap(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+
+
+def assert_same_run(got: dict[str, Any], want: dict[str, Any]) -> None:
+    """Log-probs within 1e-5, first-step gradients within 1e-5 of each tensor's largest, norms within 1e-4."""
+    assert max_gap(got["initial"], want["initial"]) < 1e-5
+    for mine, theirs in zip(got["logp"], want["logp"], strict=True):
+        assert max_gap(mine, theirs) < 1e-5
+    assert max_gap(got["final"], want["final"]) < 1e-5
+    assert got["grads"].keys() == want["grads"].keys()
+    for name, grad in want["grads"].items():
+        largest = float(grad.abs().max())
+        assert largest > 0, name
+        gap = float((got["grads"][name] - grad).abs().max()) / largest
+        assert gap < 1e-5, (name, gap)
+    for mine, theirs in zip(got["metrics"], want["metrics"], strict=True):
+        assert mine["learner/grad_norm"] == pytest.approx(theirs["learner/grad_norm"], rel=1e-4)
+        for name in ("policy/loss", "policy/entropy", "policy/clip_frac_high", "mismatch/k3", "tis/mean"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_transformers(runs: Runs, variant: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(runs.folder / variant, dtype=torch.float32)
+    batch = make_batch()
+    with torch.no_grad():
+        for sample, got in zip(batch.samples, runs["tp1pp1dp1"][variant]["initial"], strict=True):
+            logits = model(sample.token_ids[None]).logits[0] / batch.temperature
+            want = logits.log_softmax(-1)[:-1].gather(1, sample.token_ids[1:, None])[:, 0]
+            assert float((got - want[sample.loss_start - 1 :]).abs().max()) < 1e-5
+
+
+def test_the_case_is_not_trivial(runs: Runs) -> None:
+    """Losses far from zero, weights that move, tokens that are clipped: else equality would prove little."""
+    for variant in VARIANTS:
+        found = runs["tp1pp1dp1"][variant]
+        assert abs(found["metrics"][0]["policy/loss"]) > 1e-3
+        assert found["metrics"][0]["policy/clip_frac_high"] > 0.01
+        assert found["metrics"][0]["policy/clip_frac_low"] > 0.01
+        assert max_gap(found["initial"], found["final"]) > 1e-2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layout", OTHERS)
+def test_layouts_agree(runs: Runs, layout: str, variant: str) -> None:
+    assert_same_run(runs[layout][variant], runs["tp1pp1dp1"][variant])
+
+
+@pytest.mark.parametrize(
+    ("layout", "case"),
+    [
+        ("tp1pp1dp1", "micro4"),
+        ("tp1pp1dp1", "unpacked"),
+        ("tp1pp1dp1", "recompute"),
+        ("tp2pp1dp1", "no_sequence_parallel"),
+        ("tp1pp1dp2", "micro4"),
+        ("tp2pp2dp1", "micro4"),
+        ("tp2pp2dp1", "recompute"),
+    ],
+)
+def test_settings_do_not_change_the_result(runs: Runs, layout: str, case: str) -> None:
+    assert_same_run(runs[layout][case], runs["tp1pp1dp1"]["qwen3"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_export_is_bit_equal(runs: Runs, layout: str, variant: str) -> None:
+    runs[layout]
+    assert_same_file(runs.folder / f"{layout}_{variant}_export.safetensors", runs.folder / variant)
+
+
+def test_bf16_export_is_bit_equal(runs: Runs) -> None:
+    runs["tp1pp1dp1"]
+    assert_same_file(runs.folder / "tp1pp1dp1_bf16_export.safetensors", runs.folder / "bf16")
+
+
+def assert_same_file(got: Path, folder: Path) -> None:
+    mine, theirs = load_file(got), load_file(folder / "model.safetensors")
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert mine[name].dtype == value.dtype and torch.equal(mine[name], value), name
+
+
+def test_bf16_is_near_fp32(runs: Runs) -> None:
+    """bf16 has 8 bits: log-probs near -5 are good to a few hundredths, whatever the layout."""
+    fp32 = runs["tp1pp1dp1"]["llama_tied"]["logp"][0]
+    for layout in ("tp1pp1dp1", "tp2pp2dp1"):
+        assert max_gap(runs[layout]["bf16"], fp32) < 0.15
+
+
+def test_resume_equals_unbroken_run(runs: Runs) -> None:
+    found = runs["tp1pp1dp1"]
+    assert max_gap(found["resumed"]["logp"], found["unbroken"]["logp"]) < 1e-6
+    assert max_gap(found["resumed"]["after"], found["unbroken"]["after"]) < 1e-6
+    for name in ("policy/loss", "learner/grad_norm", "learner/lr"):
+        assert found["resumed"]["metrics"][name] == pytest.approx(found["unbroken"]["metrics"][name], rel=1e-6)
+
+
+def test_shared_step_fault_is_real(runs: Runs) -> None:
+    """Without optimizer_fixes.own_steps the update after a resume is visibly wrong."""
+    found = runs["tp1pp1dp1"]
+    assert max_gap(found["shared_step"]["after"], found["unbroken"]["after"]) > 1e-3
+
+
+def test_checkpoint_under_another_layout(runs: Runs) -> None:
+    """Saved at DP2, loaded at TP2 x PP2: the next step's loss and log-probs are those of the unbroken run."""
+    want, got = runs["tp1pp1dp2"]["unbroken"], runs["tp2pp2dp1"]["resumed"]
+    assert max_gap(got["logp"], want["logp"]) < 1e-5
+    assert got["metrics"]["policy/loss"] == pytest.approx(want["metrics"]["policy/loss"], rel=1e-5)
+    assert got["metrics"]["learner/grad_norm"] == pytest.approx(want["metrics"]["learner/grad_norm"], rel=1e-4)
+    assert max_gap(got["after"], want["after"]) < 1e-3  # Adam with a small eps amplifies rounding: see make_recipe
+
+
+def test_several_updates_use_old_logprobs_of_the_start(runs: Runs) -> None:
+    """The first update is on-policy (ratio 1); the second sees ratios away from 1."""
+    first, second = runs["tp1pp1dp1"]["updates"]["ratio_max"]
+    assert first == 1.0
+    assert second > 1.0 + 1e-4
