@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from m2train.config import ConfigError, VerifierConfig
 from m2train.records import Rubric, Turn, Verdict
@@ -77,10 +77,6 @@ class EmbeddedVerifier:
     def make_patient(self, case: CaseScript, seed: int) -> Patient:
         """A patient who has not spoken yet."""
         return self.patient(case, seed)
-
-    def restore_patient(self, case: CaseScript, seed: int, state: dict[str, Any]) -> SimulatedPatient:
-        """The patient as it was after the turn that carries this state."""
-        return SimulatedPatient.restore(case, seed, state)
 
     def rubrics(self, case: CaseScript, turns: Sequence[Turn]) -> list[Rubric]:
         """Criteria for the reply that follows these turns."""
