@@ -88,6 +88,9 @@ class RolloutConfig(Section):
     """CPU threads of a started server; None: all cores."""
     start_timeout_s: float = Field(300.0, gt=0)
     request_timeout_s: float = Field(600.0, gt=0)
+    weight_transfer: Literal["auto", "file", "nccl"] = "auto"
+    """How new weights reach the engines: a file that they can read (shared memory, a shared disk), or NCCL. `auto`:
+    NCCL where this machine has a GPU. Servers given by `urls` have to be started for it."""
     max_restarts: int = Field(3, ge=0)
     """How often a dead server is started again before the run gives up."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from m2train.concurrency import gather_or_cancel
 from m2train.evals.heldout import evaluate
 from m2train.files import write_atomic
 from m2train.learner.batch import batches_from_groups
@@ -41,6 +42,7 @@ async def train(run: Run) -> None:
         if run.learner is not None:
             row |= await improve(run, run.learner, step, rollouts.groups)
         run.record(step, row)
+        run.check_trust(row)
         run.checkpoint(step + 1)
     run.record(run.recipe.steps, await evaluate(run, run.recipe.steps))
 
@@ -99,7 +101,7 @@ async def reply_group(run: Run, sampler: Sampler, part: Slice) -> Group:
         reward = run.verifier.score(rubrics, verdicts)
         return Reply(generation=generation, text=text, verdicts=verdicts, rubric_reward=reward)
 
-    replies = await asyncio.gather(*(reply(i) for i in range(run.recipe.algo.group_size)))
+    replies = await gather_or_cancel([reply(i) for i in range(run.recipe.algo.group_size)])
     return Group(
         uid=part.uid,
         case_id=case.id,
@@ -108,7 +110,7 @@ async def reply_group(run: Run, sampler: Sampler, part: Slice) -> Group:
         context_ids=prompt,
         context=part.turns,
         rubrics=rubrics,
-        replies=list(replies),
+        replies=replies,
     )
 
 
@@ -117,5 +119,4 @@ async def improve(run: Run, learner: LearnerClient, step: int, groups: Sequence[
     batches = batches_from_groups(groups, run.recipe)
     with run.phase("train"):
         result = await asyncio.to_thread(learner.train, step, batches)
-    run.check_trust(result.metrics)
     return result.metrics

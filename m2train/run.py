@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from m2train.concurrency import gather_or_cancel
 from m2train.config import ConfigError, Recipe
 from m2train.errors import RunError
 from m2train.learner.client import LearnerClient
@@ -113,13 +114,7 @@ class Run:
             self.progress.phase(name, done, len(jobs))
             return result
 
-        tasks = [asyncio.ensure_future(counted(job)) for job in jobs]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        return await gather_or_cancel([counted(job) for job in jobs])
 
     def record(self, step: int, row: dict[str, float]) -> None:
         """Write the step's row of metrics, with the time of each phase, and show it."""

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 from conftest import session_members, tiny_recipe
 
+from m2train.host import free_port
 from m2train.records import Generation
 from m2train.rollout.engine import EngineError, EnginePool
-from m2train.rollout.server import ServerProcess, free_port, to_flags
+from m2train.rollout.server import ServerProcess, to_flags
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.timeout(280)  # a server start takes 20 s on 2 idle cores, 100 s on busy ones

@@ -10,7 +10,8 @@ import pytest
 
 from m2train.verifier import load_cases
 from m2train.verifier.embedding import missing, unsupported_reason
-from m2train.verifier.matching import is_question, read, sentences, stored_texts, told
+from m2train.verifier.matching import read, stored_texts, told
+from m2train.verifier.utterance import is_question, sentences
 
 DATA = Path(__file__).parent / "data"
 CASES = {case.id: case for case in load_cases()}

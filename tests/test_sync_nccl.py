@@ -10,6 +10,12 @@ from typing import Any
 
 import pytest
 
+from m2train.config import parse
+from m2train.host import free_port
+from m2train.rollout import engine
+from m2train.rollout.client import EngineError, EngineLost
+from m2train.rollout.engine import EnginePool
+from m2train.sync import weight_transfer_flags
 from m2train.sync.base import SyncError
 from m2train.sync.nccl import FanOutClient, NcclSync, SafetensorsSource
 
@@ -20,7 +26,7 @@ class FakeServers(FanOutClient):
     """Records the conversation; server 0 has 2 workers, server 1 has 1."""
 
     def __init__(self, *, cached: bool = False) -> None:
-        self.urls = ["http://a", "http://b"]
+        self.urls = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
         self.version = ""
         self.log: list[tuple[str, list[Any]]] = []
         self._cached = cached
@@ -80,12 +86,12 @@ def test_vllms_trainer_drives_our_client(tiny_model: Path, monkeypatch: pytest.M
         lambda iterator, **_: sent.extend(name for name, _ in iterator),
     )
     servers = FakeServers()
-    sync = NcclSync(["http://a"], device="cpu")
+    sync = NcclSync(["http://127.0.0.1:1"], device="cpu")
     sync.client.close()
     sync.client = servers
     times = asyncio.run(sync.publish(tiny_model / "model.safetensors", "step-1"))
     assert set(times) == {"transfer_s", "load_s", "total_s"}
-    assert opened[0].world_size == 4
+    assert opened[0].world_size == 4 and opened[0].master_address
     said = dict(servers.log)
     assert [body["init_info"]["rank_offset"] for body in said["init_weight_transfer_engine"]] == [1, 3]
     assert [name for name, _ in servers.log if name != "get_world_size"] == [
@@ -109,3 +115,74 @@ def test_source_declares_what_it_yields(tiny_model: Path) -> None:
     source = SafetensorsSource(tiny_model / "model.safetensors", "cpu")
     declared = [(m.name, m.dtype, m.shape) for m in source.metadata()]
     assert declared == [(name, t.dtype, tuple(t.shape)) for name, t in source] and len(declared) > 10
+
+
+class Recorder:
+    """In NcclSync's place: who was served, and how it fails."""
+
+    made: list[Recorder] = []
+    failures = 0
+
+    def __init__(self, urls: list[str], *, timeout_s: float) -> None:
+        self.urls, self.published, self.closed = urls, [], False
+        Recorder.made.append(self)
+
+    async def publish(self, source: Path, version: str) -> dict[str, float]:
+        if Recorder.failures:
+            Recorder.failures -= 1
+            raise EngineLost("gone")
+        self.published.append(version)
+        return {"transfer_s": 1.0, "load_s": 0.0, "total_s": 1.0}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def nccl_pool(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path) -> EnginePool:
+    """Two engines by URL on what looks like a GPU machine; nothing answers there."""
+    monkeypatch.setattr(engine, "on_cpu", lambda: False)
+    monkeypatch.setattr("m2train.sync.nccl.NcclSync", Recorder)
+    monkeypatch.setattr(engine, "_BACKOFF_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(Recorder, "made", [])
+    monkeypatch.setattr(Recorder, "failures", 0)
+    urls = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
+    pool = EnginePool(parse({"rollout": {"urls": urls}}), tiny_model, tmp_path)
+    for slot in pool._slots:
+        slot.client = engine.EngineClient(slot.url, 1.0)
+        slot.sync = pool._make_sync(slot.client)
+    return pool
+
+
+def test_the_pool_updates_all_engines_by_one_broadcast(nccl_pool: EnginePool, tiny_model: Path) -> None:
+    times = asyncio.run(nccl_pool.update_weights(tiny_model / "model.safetensors", "v1"))
+    asyncio.run(nccl_pool.update_weights(tiny_model / "model.safetensors", "v2"))
+    assert times["total_s"] == 1.0 and nccl_pool.version == "v2"
+    assert [(one.urls, one.published) for one in Recorder.made if one.published] == [
+        (["http://127.0.0.1:1", "http://127.0.0.1:2"], ["v1", "v2"])
+    ]
+
+
+def test_a_lost_engine_means_a_new_group(nccl_pool: EnginePool, tiny_model: Path) -> None:
+    Recorder.failures = 1
+    asyncio.run(nccl_pool.update_weights(tiny_model / "model.safetensors", "v1"))
+    groups = [one for one in Recorder.made if len(one.urls) == 2]
+    assert [(one.published, one.closed) for one in groups] == [([], True), (["v1"], False)]
+    Recorder.failures = 9
+    with pytest.raises(EngineError, match="kept failing weight updates over NCCL"):
+        asyncio.run(nccl_pool.update_weights(tiny_model / "model.safetensors", "v2"))
+
+
+def test_nccl_needs_a_gpu_and_its_own_flag(tiny_model: Path, tmp_path: Path) -> None:
+    if engine.on_cpu():
+        with pytest.raises(EngineError, match="needs a GPU in this machine"):
+            EnginePool(parse({"rollout": {"weight_transfer": "nccl"}}), tiny_model, tmp_path)
+    assert '{"backend": "nccl"}' in weight_transfer_flags("nccl")
+    assert '{"backend": "m2train_file"}' in weight_transfer_flags()
+
+
+def test_an_unreachable_server_is_a_lost_engine() -> None:
+    client = FanOutClient([f"http://127.0.0.1:{free_port()}"], timeout_s=2.0)
+    with pytest.raises(EngineLost, match="get_world_size"):
+        client.world_sizes()
+    client.close()

@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from m2train.config import Recipe
 from m2train.errors import RunError
+from m2train.host import die_with_parent
 from m2train.learner import protocol
 from m2train.learner.protocol import Session, read_json, write_json
 
@@ -327,7 +328,7 @@ class _Ranks:
                 stdout=self._file,
                 stderr=self._file,
                 start_new_session=True,
-                preexec_fn=protocol.die_with_parent,
+                preexec_fn=die_with_parent,
             )
         except OSError as err:
             self._fault = err

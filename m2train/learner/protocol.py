@@ -12,10 +12,8 @@ needs nothing but a file system that both sides share.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,6 @@ from m2train.files import write_atomic
 
 POLL_S = 0.015
 HEARTBEAT_S = 3.0
-_PR_SET_PDEATHSIG = 1
-# Loaded here: between fork and exec nothing may be imported.
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Session:
@@ -112,11 +107,6 @@ def write_first(path: Path, value: dict[str, Any]) -> bool:
     finally:
         temp.unlink()
     return True
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, however that happens."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Watch:

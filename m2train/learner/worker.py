@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m2train.config import Recipe
+from m2train.host import die_with_parent
 from m2train.learner import protocol
 from m2train.learner.protocol import Session, Watch, read_json, write_first, write_json
 
@@ -139,7 +140,7 @@ def run(run_dir: Path, name: str | None) -> None:
     """Join the ranks, build the learner, serve one session."""
     parent = os.getppid()
     if name is not None:
-        protocol.die_with_parent()
+        die_with_parent()
         if os.getppid() != parent:
             return
     try:

@@ -9,12 +9,14 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from m2train.concurrency import gather_or_cancel
 from m2train.config import Recipe
+from m2train.host import on_cpu
 from m2train.models import model_shape
 from m2train.records import Generation
 from m2train.rollout.client import EngineClient, EngineError, EngineLost
-from m2train.rollout.server import ServerProcess, ServerSpec, check_options, on_cpu
-from m2train.sync import FileSync
+from m2train.rollout.server import ServerProcess, ServerSpec, check_options
+from m2train.sync import FileSync, WeightSync
 
 __all__ = ["EngineError", "EngineLost", "EnginePool"]
 
@@ -30,7 +32,7 @@ class _Slot:
         self.url = url
         self.process: ServerProcess | None = None
         self.client: EngineClient | None = None
-        self.sync: FileSync | None = None
+        self.sync: WeightSync | None = None
         self.lock = asyncio.Lock()
         self.life = 0
         """Counts starts: a request that failed in an earlier life need not start the engine again."""
@@ -70,6 +72,9 @@ class EnginePool:
         self._gate = asyncio.Semaphore(recipe.rollout.concurrency)
         self._closing = False
         self._adopted: str | None = None
+        self._transfer = weight_transfer(recipe)
+        self._fan_out: WeightSync | None = None
+        """All engines as one NCCL group: made by an update, unmade when an engine leaves it by dying."""
         self.restarts = 0
         """Engines started again so far, over the whole pool."""
         if recipe.rollout.urls:
@@ -99,13 +104,9 @@ class EnginePool:
         Raises:
             EngineError: one line with the cause; nothing is left running.
         """
-        tasks = [asyncio.ensure_future(self._open(slot)) for slot in self._slots]
         try:
-            await asyncio.gather(*tasks)
+            await gather_or_cancel([self._open(slot) for slot in self._slots])
         except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             await self.close()
             raise
 
@@ -119,6 +120,7 @@ class EnginePool:
     async def close(self) -> None:
         """End every engine that was started here, with all its children."""
         self._closing = True
+        self._drop_group()
         await asyncio.gather(*(self._shut(slot, grace=True) for slot in self._slots))
 
     async def generate(
@@ -166,6 +168,8 @@ class EnginePool:
     async def update_weights(self, source: Path, version: str) -> dict[str, float]:
         """Load a safetensors file into every engine under a new version name.
 
+        Over NCCL all engines form one group and one broadcast serves them; otherwise each reads the file.
+
         Args:
             source: readable by the engines; must stay as it is until the next update (a restarted engine reads it).
             version: never used before in this run.
@@ -178,6 +182,8 @@ class EnginePool:
             SyncError: an engine that took it and does not run on it.
         """
         self._source, self._version = (source, _identity(source)), version
+        if self._transfer == "nccl" and len(self._slots) > 1:
+            return await self._broadcast()
         times = await asyncio.gather(*(self._push(slot) for slot in self._slots))
         return {name: max(row[name] for row in times) for name in times[0]}
 
@@ -197,7 +203,10 @@ class EnginePool:
         client = EngineClient(url, rollout.request_timeout_s, self._stop)
         if slot.client is not None:
             await slot.client.close()
-        slot.client, slot.sync = client, FileSync(client)
+        if slot.sync is not None:
+            slot.sync.close()
+            self._drop_group()
+        slot.client, slot.sync = client, self._make_sync(client)
         slot.life += 1
         if slot.spec is None and not await client.healthy():
             raise EngineError(f"no vLLM server answers at {url} (rollout.urls); start it, or correct the URL")
@@ -226,6 +235,8 @@ class EnginePool:
             await process.stop(grace=grace)
         if slot.client is not None and grace:
             await slot.client.close()
+        if slot.sync is not None and grace:
+            slot.sync.close()
 
     async def _push(self, slot: _Slot) -> dict[str, float]:
         for attempt in range(len(_BACKOFF_S)):
@@ -236,16 +247,53 @@ class EnginePool:
                 await self._revive(slot, life, err, attempt)
         raise EngineError(f"{slot.ready().url} kept failing weight updates; see its log")
 
+    async def _broadcast(self) -> dict[str, float]:
+        """One update of all engines as a group; after a death the engine is revived and a new group is formed."""
+        for attempt in range(len(_BACKOFF_S)):
+            lives = [slot.life for slot in self._slots]
+            try:
+                if self._fan_out is None:
+                    self._fan_out = self._make_group()
+                return await self._fan_out.publish(self._unchanged_source(), self._version)
+            except EngineLost as err:
+                self._drop_group()
+                await asyncio.gather(
+                    *(self._revive(s, life, err, attempt) for s, life in zip(self._slots, lives, strict=True))
+                )
+        raise EngineError("the engines kept failing weight updates over NCCL; see their logs")
+
     async def _publish(self, slot: _Slot) -> dict[str, float]:
-        if self._source is None or slot.sync is None:
+        if slot.sync is None:
+            raise AssertionError("EnginePool.start() must come first")
+        return await slot.sync.publish(self._unchanged_source(), self._version)
+
+    def _unchanged_source(self) -> Path:
+        if self._source is None:
             raise AssertionError("nothing to publish")
         path, identity = self._source
         if _identity(path) != identity:
             raise EngineError(
-                f"{path} changed after the update to {self._version!r}, and engine {slot.index} needs it again; "
+                f"{path} changed after the update to {self._version!r}, and an engine needs it again; "
                 "write new weights to a temporary file and rename it just before update_weights"
             )
-        return await slot.sync.publish(path, self._version)
+        return path
+
+    def _make_sync(self, client: EngineClient) -> WeightSync:
+        if self._transfer == "file":
+            return FileSync(client)
+        from m2train.sync.nccl import NcclSync
+
+        return NcclSync([client.url], timeout_s=self._recipe.rollout.request_timeout_s)
+
+    def _make_group(self) -> WeightSync:
+        from m2train.sync.nccl import NcclSync
+
+        return NcclSync(self.urls, timeout_s=self._recipe.rollout.request_timeout_s)
+
+    def _drop_group(self) -> None:
+        if self._fan_out is not None:
+            self._fan_out.close()
+            self._fan_out = None
 
     async def _revive(self, slot: _Slot, life: int, err: EngineLost, attempt: int) -> None:
         """Bring an engine back after a lost request: at most one task at a time does it, the others wait for it."""
@@ -289,6 +337,20 @@ def _identity(path: Path) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
+def weight_transfer(recipe: Recipe) -> str:
+    """How a run's weights travel: file | nccl. "auto" is nccl where there is a GPU.
+
+    Raises:
+        EngineError: nccl is asked for on a machine without a GPU.
+    """
+    asked = recipe.rollout.weight_transfer
+    if asked == "nccl" and on_cpu():
+        raise EngineError("rollout.weight_transfer = 'nccl' needs a GPU in this machine; use 'file', or 'auto'")
+    if asked == "auto":
+        return "file" if on_cpu() else "nccl"
+    return asked
+
+
 def _specs(recipe: Recipe, model: Path, run_dir: Path) -> list[ServerSpec]:
     rollout, shape = recipe.rollout, model_shape(model)
     devices = _devices(rollout.servers, rollout.tensor_parallel)
@@ -304,6 +366,7 @@ def _specs(recipe: Recipe, model: Path, run_dir: Path) -> list[ServerSpec]:
             tensor_parallel=rollout.tensor_parallel,
             threads=rollout.threads,
             devices=devices[i] if devices else None,
+            weight_transfer=weight_transfer(recipe),
             options=recipe.vllm,
         )
         for i in range(rollout.servers)

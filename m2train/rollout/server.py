@@ -6,9 +6,7 @@ import asyncio
 import json
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from m2train.host import LOOPBACK, free_port, on_cpu
 from m2train.rollout.client import EngineClient, EngineError
 from m2train.sync import weight_transfer_flags
 from m2train.sync.base import SUPERVISED
 
-HOST = "127.0.0.1"
 SERVED_NAME = "policy"
 _GRACE_S = 5.0
 _PORT_TRIES = 3
@@ -57,13 +55,10 @@ class ServerSpec:
     threads: int | None = None
     devices: Sequence[str] | None = None
     """CUDA devices of this server; None: no restriction, or no GPU."""
+    weight_transfer: str = "file"
+    """How weights arrive: file | nccl."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The recipe's `[vllm]` section."""
-
-
-def on_cpu() -> bool:
-    """Whether this machine has no NVIDIA GPU (no torch import: asked before anything starts)."""
-    return not Path("/dev/nvidiactl").exists() and shutil.which("nvidia-smi") is None
 
 
 def server_command(spec: ServerSpec, port: int) -> list[str]:
@@ -79,11 +74,11 @@ def server_command(spec: ServerSpec, port: int) -> list[str]:
             options |= {"distributed_executor_backend": "uni"}
     options |= spec.options
     command = [sys.executable, "-m", "m2train.rollout.serve"]
-    command += ["--model", str(spec.model), "--host", HOST, "--port", str(port)]
+    command += ["--model", str(spec.model), "--host", LOOPBACK, "--port", str(port)]
     command += ["--served-model-name", SERVED_NAME, "--dtype", spec.dtype]
     command += ["--tensor-parallel-size", str(spec.tensor_parallel)]
     command += ["--logprobs-mode", "processed_logprobs", "--enable-scale-out", "--disable-uvicorn-access-log"]
-    return command + weight_transfer_flags() + to_flags(options)
+    return command + weight_transfer_flags(spec.weight_transfer) + to_flags(options)
 
 
 def to_flags(options: Mapping[str, Any]) -> list[str]:
@@ -145,19 +140,12 @@ def _kv_gib(spec: ServerSpec) -> int:
     return max(1, min(2, wanted >> 30))
 
 
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        return int(sock.getsockname()[1])
-
-
 class ServerProcess:
     """A server that has been started; `stop` ends it with everything it started."""
 
     def __init__(self, spec: ServerSpec, port: int) -> None:
         self.spec = spec
-        self.url = f"http://{HOST}:{port}"
+        self.url = f"http://{LOOPBACK}:{port}"
         spec.log.parent.mkdir(parents=True, exist_ok=True)
         self._log_start = spec.log.stat().st_size if spec.log.exists() else 0
         supervisor = [sys.executable, "-I", "-S", str(Path(__file__).with_name("supervise.py"))]

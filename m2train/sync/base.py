@@ -26,10 +26,14 @@ SUPERVISED = "M2TRAIN_SUPERVISED"
 
 
 class WeightSync(Protocol):
-    """Gives every engine it serves the weights of a file, under a name."""
+    """Gives the engines it serves the weights of a file, under a name."""
 
     async def publish(self, source: Path, version: str) -> dict[str, float]:
         """Transfer and activate; returns `transfer_s`, `load_s` and `total_s` of the slowest engine."""
+        ...
+
+    def close(self) -> None:
+        """Release what the transfers held."""
         ...
 
 
@@ -47,12 +51,14 @@ class SyncError(RunError):
     """The engine took an update but does not run on the new weights."""
 
 
-def weight_transfer_flags(backend: str = FILE_BACKEND) -> list[str]:
-    """The flags that a vLLM server needs for updates by `backend` (a user-started server too)."""
-    flags = ["--weight-transfer-config", json.dumps({"backend": backend})]
-    if backend == FILE_BACKEND:
-        flags += ["--worker-extension-cls", WORKER_EXTENSION]
-    return flags
+def weight_transfer_flags(kind: str = "file") -> list[str]:
+    """The flags that a vLLM server needs for updates by `kind`, file or nccl (a user-started server too).
+
+    The extension registers the file engine; it also ends the engine processes of a server that m2train started.
+    """
+    backend = {"file": FILE_BACKEND, "nccl": "nccl"}[kind]
+    config = json.dumps({"backend": backend})
+    return ["--weight-transfer-config", config, "--worker-extension-cls", WORKER_EXTENSION]
 
 
 async def reset_prefix_cache(engine: Engine) -> None:
@@ -112,6 +118,9 @@ class FileSync:
         total = time.perf_counter() - started
         load = max(report["load_s"] for report in reports)
         return {"transfer_s": total - load, "load_s": load, "total_s": total}
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     async def _reports(self) -> list[dict[str, Any]]:
         answer = await self._engine.call("POST", "/collective_rpc", json={"method": REPORT_METHOD})

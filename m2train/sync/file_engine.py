@@ -16,9 +16,7 @@ Two traps of vLLM 0.32 on CPU are dealt with here (the third, the prefix cache, 
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +32,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from m2train.host import die_with_parent
 from m2train.sync.base import FILE_BACKEND, SUPERVISED
 
 _PROBES = 8
@@ -218,13 +217,7 @@ def _checkpoint_parts(
     return [weights[n] for n in names] if all(n in weights for n in names) else []
 
 
-def _die_with_parent() -> None:
-    """vLLM's EngineCore outlives a killed API server; the kernel ends it where the supervisor no longer can."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-
-
-if os.environ.get(SUPERVISED):
-    _die_with_parent()
+if os.environ.get(SUPERVISED):  # vLLM's EngineCore outlives a killed API server
+    die_with_parent()
 if FILE_BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(FILE_BACKEND, FileWeightTransferEngine)

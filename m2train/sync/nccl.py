@@ -1,9 +1,9 @@
 """GPU to GPU: vLLM's own nccl weight-transfer engine behind `WeightSync`.
 
 NEVER RUN ON A GPU SO FAR: written against vLLM 0.32's interfaces, which `tests/test_sync_nccl.py` compares by
-signature and drives with fakes. `m2train train` uses the file engine everywhere; use this where learner and
-engines share no disk, or where the file is too slow. Servers need `--weight-transfer-config '{"backend":
-"nccl"}'`, and the publishing process a CUDA device of its own: NCCL refuses two ranks on one GPU.
+signature and drives with fakes. `rollout.weight_transfer` chooses: "auto" is this on a machine with a GPU. Servers
+need `--weight-transfer-config '{"backend": "nccl"}'`. The publisher is the controller, on a GPU that no engine uses
+(NCCL refuses two ranks on one GPU): the learner's first.
 
 vLLM's client drives one server. `FanOutClient` drives several as one NCCL group: rank 0 is the publisher, and each
 server's workers follow those of the server before it.
@@ -12,13 +12,16 @@ server's workers follow those of the server before it.
 from __future__ import annotations
 
 import asyncio
-import socket
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from m2train.host import address_towards, free_port
+from m2train.rollout.client import EngineLost
 from m2train.sync.base import SyncError
 
 
@@ -80,8 +83,15 @@ class FanOutClient:
         self._pool.shutdown(wait=False)
 
     def _each(self, method: str, path: str, bodies: Sequence[Any] | None = None) -> list[dict[str, Any]]:
+        import httpx
+
         def one(url: str, body: Any) -> dict[str, Any]:
-            answer = self._http.request(method, url + path, json=body)
+            try:
+                answer = self._http.request(method, url + path, json=body)
+            except httpx.HTTPError as err:
+                raise EngineLost(f"{url}{path}: {type(err).__name__}: {err}") from err
+            if answer.is_server_error:
+                raise EngineLost(f"{url}{path}: HTTP {answer.status_code}: {answer.text[:300]}")
             if answer.is_error:
                 raise SyncError(f"{url}{path}: HTTP {answer.status_code}: {answer.text[:300]}")
             return dict(answer.json())
@@ -116,8 +126,8 @@ class NcclSync:
     """Broadcasts weights from this process to all servers. The group is formed by the first `publish`.
 
     Args:
-        urls: every server; all take part in every update.
-        master_address: address of this machine that the servers can reach.
+        urls: every server; all take part in every update. The group meets at the address by which the first one
+            sees this machine.
         timeout_s: longest wait for one call.
         device: of the tensors that are broadcast.
     """
@@ -126,12 +136,10 @@ class NcclSync:
         self,
         urls: Sequence[str],
         *,
-        master_address: str = "127.0.0.1",
         timeout_s: float = 600.0,
         device: str = "cuda",
     ) -> None:
         self.client = FanOutClient(urls, timeout_s)
-        self._address = master_address
         self._device = device
         self._source: SafetensorsSource | None = None
         self._engine: Any = None
@@ -140,6 +148,7 @@ class NcclSync:
         """Broadcast the file's weights under a new name; `load_s` is inside `transfer_s`: vLLM overlaps the two.
 
         Raises:
+            EngineLost: a server could not be reached.
             SyncError: a server refused, or does not report the new version.
         """
         return await asyncio.to_thread(self._publish, source, version)
@@ -154,7 +163,8 @@ class NcclSync:
         try:
             self._engine.send_weights()
         except BaseException:
-            self.client.resume()
+            with contextlib.suppress(EngineLost):  # the cause is what is raised, not a server that is gone
+                self.client.resume()
             raise
         found = self.client.versions()
         if set(found) != {version}:
@@ -166,9 +176,10 @@ class NcclSync:
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+        first = urlsplit(self.client.urls[0])
         info = NCCLTrainerInitInfo(
-            master_address=self._address,
-            master_port=_free_port(),
+            master_address=address_towards(first.hostname or "localhost", first.port or 80),
+            master_port=free_port(""),
             world_size=1 + sum(self.client.world_sizes()),
             rank=0,
         )
@@ -181,9 +192,3 @@ class NcclSync:
             self._engine.shutdown()
             self._engine = None
         self.client.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("", 0))
-        return int(sock.getsockname()[1])

@@ -17,8 +17,9 @@ from m2train.records import Rubric, Turn, Verdict
 from m2train.verifier import voice
 from m2train.verifier.cases import CaseScript, load_cases
 from m2train.verifier.lexicon import COMMON, CONCEPTS, GENERIC
-from m2train.verifier.matching import Reading, is_question, normalise, read, sentences, stem, words
+from m2train.verifier.matching import Reading, read
 from m2train.verifier.phrasings import ABOUT, EXAMPLES, NOTHING
+from m2train.verifier.utterance import is_question, normalise, sentences, stem, words
 
 Scoring = Literal["healthbench", "minmax"]
 MAX_CHARS = 6000

@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple
 from m2train.verifier import voice
 from m2train.verifier.cases import CaseScript
 from m2train.verifier.lexicon import CONCEPTS
-from m2train.verifier.matching import Reading, is_question, normalise, read, sentences, stem, words
+from m2train.verifier.matching import Reading, read
+from m2train.verifier.utterance import is_question, normalise, sentences, stem, words
 
 FactVerdict = Literal["ok", "leak", "contradiction", "fabrication"]
 

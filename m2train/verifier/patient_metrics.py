@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from m2train.records import Turn
 from m2train.verifier import voice
 from m2train.verifier.cases import CaseScript
-from m2train.verifier.matching import normalise, sentences, told
+from m2train.verifier.matching import told
 from m2train.verifier.patient import Draft, FactualUnit
+from m2train.verifier.utterance import normalise, sentences
 
 
 def _exchanges(turns: Sequence[Turn]) -> Iterable[tuple[str, str]]:

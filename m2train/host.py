@@ -1,0 +1,50 @@
+"""This machine: GPUs, ports and addresses, children that must not outlive their parent, memory that glibc keeps."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import signal
+import socket
+from pathlib import Path
+
+LOOPBACK = "127.0.0.1"
+_PR_SET_PDEATHSIG = 1
+# Loaded here: between fork and exec nothing may be imported.
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def on_cpu() -> bool:
+    """Whether this machine has no NVIDIA GPU (no torch import: asked before anything starts)."""
+    return not Path("/dev/nvidiactl").exists() and shutil.which("nvidia-smi") is None
+
+
+def free_port(host: str = LOOPBACK) -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind((host, 0))
+        return int(sock.getsockname()[1])
+
+
+def address_towards(host: str, port: int) -> str:
+    """The address under which `host` sees this machine. Nothing is sent: connecting UDP only asks for the route.
+
+    Raises:
+        OSError: no such host, or no route to it.
+    """
+    family, kind, proto, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, proto) as sock:
+        sock.connect(target)
+        return str(sock.getsockname()[0])
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, however that happens."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the kernel, where the C library is glibc."""
+    trim = getattr(_libc, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
