@@ -240,74 +240,82 @@ class Head:
 class HeadGrads:
     """Sums of the gradients over chunks: float32, whatever the dtype of the GEMMs.
 
-    A single chunk's low-precision weight gradient is not summed and needs no float32 copy.
+    Args:
+        head: what the chunks are of.
+        needs: gradients wanted, of (hidden, weight, bias).
+        single: there is one chunk: a weight gradient of the GEMM's dtype needs no float32 sum.
+        into: float32 [Vl, D] that the weight's gradient is added to, times `scale`.
+        scale: for `into` alone.
     """
 
     def __init__(
-        self, head: Head, *, hidden: bool, weight: bool, bias: bool, single: bool, into: torch.Tensor | None = None
+        self,
+        head: Head,
+        needs: tuple[bool, bool, bool],
+        *,
+        single: bool,
+        into: torch.Tensor | None = None,
+        scale: float = 1.0,
     ) -> None:
         p = head.problem
         self.head = head
-        self.single = single and into is None and p.weight.dtype == p.dtype
-        self.to_hidden = (
-            torch.zeros_like(p.hidden, dtype=torch.float32, memory_format=torch.contiguous_format) if hidden else None
-        )
-        self.to_bias = torch.zeros_like(p.bias, dtype=torch.float32) if bias and p.bias is not None else None
-        self.weight = weight
+        self.scale = scale if into is not None else 1.0
+        self.dtype = p.dtype if single and p.weight.dtype == p.dtype else torch.float32
+
+        def zeros(like: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+
+        self.to_hidden = zeros(p.hidden) if needs[0] else None
+        self.weight = needs[1]
         self.to_weight = into
+        self.to_bias = zeros(p.bias) if needs[2] and p.bias is not None else None
 
-    def add(
-        self, dz: torch.Tensor, chunk_hidden: torch.Tensor, index: slice | torch.Tensor, scale: float = 1.0
-    ) -> None:
-        """Add a chunk: dz [C, Vl] and hidden [C, D], rows `index` of the gradient of hidden.
-
-        `scale` is for the weight and the bias alone.
-        """
+    def add(self, dz: torch.Tensor, chunk_hidden: torch.Tensor, positions: slice | torch.Tensor) -> None:
+        """Add a chunk: dz [C, Vl] and hidden [C, D], rows `positions` of the problem's hidden."""
         if self.to_hidden is not None:
             part = torch.mm(dz, self.head.weight).float()
-            if isinstance(index, slice):
-                self.to_hidden[index] += part
+            if isinstance(positions, slice):
+                self.to_hidden[positions] += part
             elif part.is_cuda:  # index_add adds in any order there
-                self.to_hidden.index_put_((index.long(),), part, accumulate=True)
+                self.to_hidden.index_put_((positions.long(),), part, accumulate=True)
             else:
-                self.to_hidden.index_add_(0, index, part)
+                self.to_hidden.index_add_(0, positions, part)
         if self.to_bias is not None:
-            self.to_bias.add_(dz.sum(dim=0, dtype=torch.float32), alpha=scale)
+            self.to_bias += dz.sum(dim=0, dtype=torch.float32)
         if self.weight:
-            self._add_weight(dz, chunk_hidden, scale)
+            self._add_weight(dz, chunk_hidden)
 
-    def _add_weight(self, dz: torch.Tensor, hidden: torch.Tensor, scale: float) -> None:
+    def _add_weight(self, dz: torch.Tensor, hidden: torch.Tensor) -> None:
         first = self.to_weight is None
         if self.to_weight is None:
-            dtype = dz.dtype if self.single else torch.float32
-            self.to_weight = torch.empty(dz.shape[1], hidden.shape[1], dtype=dtype, device=dz.device)
+            self.to_weight = dz.new_empty(dz.shape[1], hidden.shape[1], dtype=self.dtype)
         total = self.to_weight
         if total.dtype == dz.dtype:
-            total.addmm_(dz.t(), hidden, beta=0.0 if first else 1.0, alpha=scale)
+            total.addmm_(dz.t(), hidden, beta=0.0 if first else 1.0, alpha=self.scale)
             return
         step = max(_GRAD_BLOCK_BYTES // (hidden.shape[1] * 4), 1)
         for start in range(0, dz.shape[1], step):
-            block = dz[:, start : start + step].t()
-            if dz.is_cuda:
-                product = torch.mm(block, hidden, out_dtype=torch.float32)
-            else:
-                product = torch.mm(block, hidden)
+            block, part = dz[:, start : start + step].t(), total[start : start + step]
+            exact = {"out_dtype": torch.float32} if dz.is_cuda else {}
+            product = torch.mm(block, hidden, **exact)
             if first:
-                total[start : start + step] = product
+                part.copy_(product)
             else:
-                total[start : start + step].add_(product, alpha=scale)
-        if first and scale != 1.0:
-            total.mul_(scale)
+                part.add_(product, alpha=self.scale)
 
     def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """(d hidden, d weight, d bias) in the dtypes of the problem; None for those not asked for."""
-        p = self.head.problem
+        """(d hidden, d weight, d bias): float32, but a single chunk's weight; None where not wanted."""
         if self.weight and self.to_weight is None:
-            self.to_weight = torch.zeros_like(p.weight, memory_format=torch.contiguous_format)
-        to_hidden = None if self.to_hidden is None else self.to_hidden.to(p.hidden.dtype)
-        to_weight = None if self.to_weight is None else self.to_weight.to(p.weight.dtype)
-        to_bias = None if self.to_bias is None or p.bias is None else self.to_bias.to(p.bias.dtype)
-        return to_hidden, to_weight, to_bias
+            self.to_weight = torch.zeros_like(self.head.problem.weight, memory_format=torch.contiguous_format)
+        return self.to_hidden, self.to_weight, self.to_bias
+
+
+def to_inputs(
+    grads: Sequence[torch.Tensor | None], inputs: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients in the dtypes of the tensors that they are of."""
+    pairs = zip(grads, inputs, strict=True)
+    return tuple(g if g is None or x is None else g.to(x.dtype) for g, x in pairs)
 
 
 def live_rows(grads: Sequence[torch.Tensor | None]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed as dist
 
-from m2kernels._head import HEAD_SCHEMA, Head, HeadGrads, HeadProblem, head_reason, live_rows
+from m2kernels._head import HEAD_SCHEMA, Head, HeadGrads, HeadProblem, head_reason, live_rows, to_inputs
 from m2kernels._head_check import make_problem
 from m2kernels._head_kernels import RowStats
 
@@ -56,11 +56,17 @@ def head_backward(
     grad_logp: torch.Tensor,
     grad_entropy: torch.Tensor | None,
     needs: tuple[bool, bool, bool],
-) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of (hidden, weight, bias), each None unless needed: logits again, chunk by chunk."""
+    *,
+    into: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of (hidden, weight, bias): logits again, chunk by chunk, of rows with a gradient.
+
+    Arguments and result are those of :class:`HeadGrads`; grad_logp and grad_entropy are f32[M].
+    """
     live = live_rows([grad_logp, grad_entropy])
     parts = head.chunks(live.numel(), head.weight.shape[0])
-    grads = HeadGrads(head, hidden=needs[0], weight=needs[1], bias=needs[2], single=len(parts) <= 1)
+    grads = HeadGrads(head, needs, single=len(parts) <= 1, into=into, scale=scale)
     for part in parts:
         pick = part if live.numel() == head.num_rows else live[part]
         chunk = head.gather(pick)
@@ -94,7 +100,8 @@ def _bwd(*args: Any) -> tuple[torch.Tensor, ...]:
     grad_logp, grad_entropy, logp, entropy, log_norm, low, *problem, needs = args
     head = Head(HeadProblem(*problem))
     stats = RowStats(log_norm, low, logp, entropy if entropy.numel() else None)
-    grads = head_backward(head, stats, grad_logp, grad_entropy, tuple(needs))
+    found = head_backward(head, stats, grad_logp, grad_entropy, tuple(needs))
+    grads = to_inputs(found, problem[:3])
     return tuple(logp.new_empty(0) if g is None else g for g in grads)
 
 
