@@ -296,8 +296,7 @@ class HeadGrads:
         step = max(_GRAD_BLOCK_BYTES // (hidden.shape[1] * 4), 1)
         for start in range(0, dz.shape[1], step):
             block, part = dz[:, start : start + step].t(), total[start : start + step]
-            exact = {"out_dtype": torch.float32} if dz.is_cuda else {}
-            product = torch.mm(block, hidden, **exact)
+            product = torch.mm(block, hidden, out_dtype=torch.float32) if dz.is_cuda else torch.mm(block, hidden)
             if first:
                 part.copy_(product)
             else:

@@ -59,14 +59,16 @@ def head_backward(
     *,
     into: torch.Tensor | None = None,
     scale: float = 1.0,
+    wide: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of (hidden, weight, bias): logits again, chunk by chunk, of rows with a gradient.
 
-    Arguments and result are those of :class:`HeadGrads`; grad_logp and grad_entropy are f32[M].
+    Arguments and result are those of :class:`HeadGrads`; grad_logp and grad_entropy are f32[M];
+    `wide` asks for the weight's in float32.
     """
     live = live_rows([grad_logp, grad_entropy])
     parts = head.chunks(live.numel(), head.weight.shape[0])
-    grads = HeadGrads(head, needs, single=len(parts) <= 1, into=into, scale=scale)
+    grads = HeadGrads(head, needs, single=len(parts) <= 1 and not wide, into=into, scale=scale)
     for part in parts:
         pick = part if live.numel() == head.num_rows else live[part]
         chunk = head.gather(pick)
