@@ -126,6 +126,8 @@ class LearnerConfig(Section):
     micro_batches: int | None = Field(None, ge=1)
     """Micro-batches per data-parallel rank and optimizer step; None: as few as the cap allows."""
     recompute: bool = False
+    overlap: bool = False
+    """Gradients are reduced while the backward runs, weights gathered while the next forward does (dp > 1)."""
     packing: Literal["varlen", "none"] = "varlen"
     """`varlen`: replies of a step share micro-batches; `none`: one reply a micro-batch row."""
     threads: int | None = Field(None, ge=1)
