@@ -12,7 +12,7 @@ SOURCES := $(shell find csrc kernels m2train -type f \( -name '*.cpp' -o -name '
 MODULES := $(shell find m2train kernels/m2kernels -name '*.py' | sort | cksum | cut -d' ' -f1)
 NATIVE  := $(VENV)/.native-$(MODULES)
 
-.PHONY: demo test test-all setup lint types check-sm90 wheel wheel-check gpu-check clean
+.PHONY: demo test test-all setup lint types check-sm90 wheel wheel-check gpu-check gpu-wheels clean
 demo: setup
 	$(VENV)/bin/m2train train recipes/demo.toml --run-dir runs/demo-$(SEED) --set seed=$(SEED) --restart
 
@@ -63,6 +63,16 @@ wheel: $(VENV)/.dev
 
 wheel-check: $(VENV)/.dev
 	$(PY) packaging/check_wheel.py dist/*.whl
+
+# On the machine with the GPU; WHEELS=DIR names further wheels, DRY=1 does what needs no GPU.
+gpu-check:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) packaging/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(if $(DRY),--dry-run)
+
+# On a machine with a network, for one without: pip matches each platform tag exactly.
+gpu-wheels: $(VENV)/.stack
+	$(PY) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	    --abi cp312 --abi abi3 --abi none $(foreach n,5 12 17 24 26 27 28 31 34,--platform manylinux_2_$(n)_x86_64) \
+	    --platform manylinux2014_x86_64 --platform manylinux1_x86_64 -d wheels -r requirements/gpu-wheels.txt
 
 clean:
 	rm -rf $(VENV) build dist
