@@ -206,7 +206,7 @@ class Head:
     def step(self, width: int) -> int:
         """Rows whose logits of `width` columns fit the budget, a multiple of the kernels' step."""
         step = self.kernels.row_step
-        rows = self.problem.chunk_bytes // max(width * self.weight.element_size(), 1)
+        rows = self.problem.chunk_bytes // max(width * self.kernels.logit_bytes(self.weight.dtype), 1)
         return max(rows // step, 1) * step
 
     def chunks(self, count: int, width: int) -> list[slice]:
@@ -324,15 +324,3 @@ def live_rows(grads: Sequence[torch.Tensor | None]) -> torch.Tensor:
     for other in given[1:]:
         live = live | other
     return live.nonzero()[:, 0]
-
-
-def compact(dz: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Rows `keep` (ascending) of dz, moved to its front; on a GPU a copy."""
-    if keep.numel() == dz.shape[0]:
-        return dz
-    if dz.is_cuda:
-        return dz.index_select(0, keep)
-    for to, row in enumerate(keep.tolist()):
-        if to != row:
-            dz[to].copy_(dz[row])
-    return dz[: keep.numel()]
