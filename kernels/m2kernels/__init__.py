@@ -9,14 +9,17 @@ from m2kernels.doctor import doctor
 from m2kernels.group_advantage import group_advantage
 from m2kernels.metrics import combine_metrics
 from m2kernels.pack_balanced import pack_balanced
+from m2kernels.plan_tree import TreePlan, plan_tree
 from m2kernels.policy_loss import LossSpec, PolicyLoss, policy_loss
 
 __all__ = [
     "LossSpec",
     "PolicyLoss",
+    "TreePlan",
     "combine_metrics",
     "doctor",
     "group_advantage",
     "pack_balanced",
+    "plan_tree",
     "policy_loss",
 ]
