@@ -11,6 +11,7 @@ from m2kernels.metrics import combine_metrics
 from m2kernels.pack_balanced import pack_balanced
 from m2kernels.plan_tree import TreePlan, plan_tree
 from m2kernels.policy_loss import LossSpec, PolicyLoss, policy_loss
+from m2kernels.tree_attention import tree_attention
 
 __all__ = [
     "LossSpec",
@@ -22,4 +23,5 @@ __all__ = [
     "pack_balanced",
     "plan_tree",
     "policy_loss",
+    "tree_attention",
 ]

@@ -6,7 +6,7 @@ import importlib.util
 from m2kernels import _native
 from m2kernels._backend import BACKENDS
 
-TENSOR_OPS = ("group_advantage", "policy_loss")
+TENSOR_OPS = ("group_advantage", "policy_loss", "tree_attention")
 
 
 def doctor() -> dict[str, dict[str, str | None]]:

@@ -10,7 +10,7 @@ every input token is looked at about once, no string is sorted.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -121,6 +121,7 @@ class TreePlan:
         num_input_tokens: sum of the sequences' lengths.
         num_pairs: visible (query, key) pairs.
         lengths: of each sequence.
+        derived: what a backend works out once and keeps for the other layers and passes.
     """
 
     tokens: torch.Tensor
@@ -131,6 +132,7 @@ class TreePlan:
     num_input_tokens: int
     num_pairs: int
     lengths: tuple[int, ...]
+    derived: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def num_rows(self) -> int:
@@ -179,7 +181,7 @@ class TreePlan:
 
     def to(self, device: torch.device | str) -> "TreePlan":
         """The same plan with its tensors on `device`."""
-        return replace(_moved(self, device), tiles=_moved(self.tiles, device))
+        return replace(_moved(self, device), tiles=_moved(self.tiles, device), derived={})
 
 
 _Fields = TypeVar("_Fields", TreePlan, TreeTiles)
