@@ -12,7 +12,7 @@ SOURCES := $(shell find csrc kernels m2train -type f \( -name '*.cpp' -o -name '
 MODULES := $(shell find m2train kernels/m2kernels -name '*.py' | sort | cksum | cut -d' ' -f1)
 NATIVE  := $(VENV)/.native-$(MODULES)
 
-.PHONY: demo test test-all setup lint types check-sm90 wheel clean
+.PHONY: demo test test-all setup lint types check-sm90 wheel wheel-check gpu-check clean
 demo: setup
 	$(VENV)/bin/m2train train recipes/demo.toml --run-dir runs/demo-$(SEED) --set seed=$(SEED) --restart
 
@@ -58,9 +58,11 @@ check-sm90:
 	        -Xptxas=-v,-warn-spills,-Werror -cubin -o $(VENV)/$$(basename $$file).cubin $$file || exit 1; \
 	done
 
-wheel: $(NATIVE)
-	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
-	ls -l dist
+wheel: $(VENV)/.dev
+	$(PY) packaging/build_wheels.py
+
+wheel-check: $(VENV)/.dev
+	$(PY) packaging/check_wheel.py dist/*.whl
 
 clean:
 	rm -rf $(VENV) build dist

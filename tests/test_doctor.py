@@ -7,8 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import m2kernels as mk
-from m2train.doctor import diagnose, render
+from m2train import doctor as doctor_module
+from m2train.config import parse
+from m2train.doctor import diagnose, missing_routes, render
+from m2train.host import free_port
 
 
 def doctor(*args: str | Path) -> subprocess.CompletedProcess[str]:
@@ -37,3 +42,35 @@ def test_a_recipe_that_cannot_run_exits_1_with_the_cause(tiny_model: Path, tmp_p
     bad = doctor(recipe, "--set", "learner.tp=4")
     assert bad.returncode == 1
     assert "learner.tp = 4" in bad.stdout
+
+
+def test_machine_facts_that_a_bug_report_needs() -> None:
+    findings = diagnose()
+    text = render(findings)
+    for word in ("limit_open_files", "limit_processes", "shared_memory_free_gib", "loopback_port", "python"):
+        assert word in findings["machine"] and word in text
+    assert findings["cuda"]["devices"].isdigit() and "cuda " in text
+
+
+def test_routes_of_the_installed_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm")
+    assert missing_routes() == []
+    monkeypatch.setattr(doctor_module, "ROUTES", ("/pause", "/never_there"))
+    assert missing_routes() == ["/never_there"]
+    assert "routes    missing /never_there" in render(diagnose())
+
+
+def test_a_server_that_does_not_answer_and_too_few_files(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    recipe = {"model": {"path": str(tiny_model)}, "rollout": {"urls": [url], "max_context_tokens": 128}}
+    recipe["algo"] = {"max_new_tokens": 64}
+    assert diagnose(parse(recipe))["recipe"]["problems"] == [f"no vLLM server answers at {url} (rollout.urls)"]
+    monkeypatch.setattr(doctor_module.resource, "getrlimit", lambda number: (300, 300))
+    problems = diagnose(parse(recipe))["recipe"]["problems"]
+    assert any("rollout.concurrency = 64 needs 384 open files; ulimit -n: 300" in line for line in problems)
+
+
+def test_more_ranks_and_engines_than_gpus(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    recipe = parse({"model": {"path": str(tiny_model)}, "learner": {"dp": 2}, "rollout": {"servers": 1}})
+    assert any("2 learner ranks" in line and "on 2 GPUs" in line for line in doctor_module._machine_problems(recipe))

@@ -17,9 +17,19 @@ struct SequenceScratch {
 using PolicyBlockFn = void (*)(const PolicyLossArgs&, const SequenceScratch&, int64_t begin,
                                int64_t end, double* partial);
 
+// Rows [begin, end): statistics of each tile, the target's column left out.
+using HeadStatsFn = void (*)(const HeadLogits&, const HeadTileOut&, int64_t begin, int64_t end);
+// sums[0] of exp(z - anchor), sums[1] of (z - anchor) exp(z - anchor); sums[1] is 0 without moment.
+using HeadMergeFn = void (*)(const HeadTiles&, double* sums);
+// Rows [begin, end): d loss / d logits.
+using HeadGradFn = void (*)(const HeadLogits&, const HeadGradArgs&, int64_t begin, int64_t end);
+
 struct CpuKernels {
   const char* name;
   PolicyBlockFn policy_block;
+  HeadStatsFn head_stats;
+  HeadMergeFn head_merge;
+  HeadGradFn head_grad;
 };
 
 extern const CpuKernels kBaselineKernels;
@@ -35,5 +45,10 @@ const CpuKernels& cpu_kernels();
 void policy_loss_cpu(const PolicyLossArgs& args);
 void policy_loss_bwd_cpu(float grad, const float* saved, int64_t n, float* out);
 void group_advantage_cpu(const GroupAdvantageArgs& args);
+void head_stats_cpu(const HeadLogits& logits, const HeadTileOut& out);
+void head_grad_cpu(const HeadLogits& logits, const HeadGradArgs& args);
+// z_target [rows], tiles [rows, tiles.count] -> out: log_norm, log_norm_low, logp, entropy, each
+// [rows]; the last stays as it is without moment.
+void head_merge_cpu(const float* z_target, const HeadTiles& tiles, int64_t rows, float* out);
 
 }  // namespace m2k

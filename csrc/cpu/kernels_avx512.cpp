@@ -1,6 +1,8 @@
 // The CPU kernels as compiled for avx512: CMakeLists.txt gives this file its -march.
 #include "policy_block.h"
 
+#include "head_rows.h"
+
 namespace m2k {
-const CpuKernels kAvx512Kernels = {"avx512", policy_block};
+const CpuKernels kAvx512Kernels = {"avx512", policy_block, head_stats, head_merge, head_grad};
 }  // namespace m2k

@@ -79,4 +79,51 @@ struct GroupAdvantageArgs {
   float* advantage;  // [num_rows]
 };
 
+// Rows of logits as they came from a GEMM, and how they become z: the maths is in
+// m2kernels/_head_kernels.py.
+struct HeadLogits {
+  int64_t rows;
+  int64_t columns;
+  const void* data;
+  int64_t stride;  // elements from row to row; columns are dense
+  bool bf16;       // else float
+  const int64_t* target;  // [rows], a column of these, or outside [0, columns)
+  const float* bias;      // [columns] or null
+  const float* inv_temperatures;  // [rows] or null
+  float inv_temperature;          // for all rows, when inv_temperatures is null
+  float softcap;                  // 0: none
+  int64_t num_valid;              // columns from here on are padding
+};
+
+constexpr int kHeadTile = 128;  // columns of a vocabulary tile: part of the contract with Python
+
+// Where the statistics of tile 0 of row 0 go; `moment` may be null.
+struct HeadTileOut {
+  float* z_target;  // [rows]; written where the target is among the columns
+  float* top;
+  float* total;
+  float* moment;
+  int64_t stride;  // of top, total and moment, from row to row
+};
+
+// Tiles of one row and of the whole vocabulary, to be summed relative to `anchor`.
+struct HeadTiles {
+  const float* top;
+  const float* total;
+  const float* moment;  // or null
+  int64_t count;
+  double anchor;
+};
+
+struct HeadGradArgs {
+  const float* log_norm;      // [rows], with log_norm_low the log-sum-exp
+  const float* log_norm_low;  // [rows]
+  const float* logp;          // [rows]
+  const float* entropy;       // [rows] or null
+  const float* grad_logp;     // [rows]
+  const float* grad_entropy;  // [rows] or null
+  void* out;                  // [rows, columns], the dtype of the logits; may be the logits
+  int64_t out_stride;
+};
+
 }  // namespace m2k

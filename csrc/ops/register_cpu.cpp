@@ -1,6 +1,7 @@
 // Schemas of every op, and their CPU kernels. The fake and autograd registrations are in Python,
 // beside each op's public function.
 #include "cpu_kernels.h"
+#include "head_glue.h"
 #include "torch_glue.h"
 
 namespace m2k {
@@ -41,10 +42,23 @@ STABLE_TORCH_LIBRARY(m2kernels, m) {
   m.def(
       "group_advantage(Tensor reward, Tensor group, Tensor? valid, bool leave_one_out, "
       "bool divide_by_std, float eps) -> Tensor");
+  m.def(
+      "head_stats(Tensor logits, Tensor target, Tensor? bias, Tensor? inv_temperatures, "
+      "float inv_temperature, float softcap, int num_valid, Tensor(a!) z_target, Tensor(b!) top, "
+      "Tensor(c!) total, Tensor(d!)? moment) -> ()");
+  m.def("head_merge(Tensor z_target, Tensor top, Tensor total, Tensor? moment) -> Tensor");
+  m.def(
+      "head_grad(Tensor logits, Tensor(a!) out, Tensor target, Tensor? bias, "
+      "Tensor? inv_temperatures, float inv_temperature, float softcap, int num_valid, "
+      "Tensor log_norm, Tensor log_norm_low, Tensor logp, Tensor? entropy, Tensor grad_logp, "
+      "Tensor? grad_entropy) -> ()");
   m.def("cpu_isa(Tensor of) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(m2kernels, CPU, m) {
   m2k::register_ops<m2k::Cpu>(m);
+  m.impl("head_stats", TORCH_BOX(&m2k::head_stats_op));
+  m.impl("head_merge", TORCH_BOX(&m2k::head_merge_op));
+  m.impl("head_grad", TORCH_BOX(&m2k::head_grad_op));
   m.impl("cpu_isa", TORCH_BOX(&m2k::cpu_isa));
 }

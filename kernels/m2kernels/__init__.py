@@ -7,6 +7,8 @@ this machine can run, and why not.
 
 from m2kernels.doctor import doctor
 from m2kernels.group_advantage import group_advantage
+from m2kernels.linear_logprob import LogProb, linear_logprob
+from m2kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from m2kernels.metrics import combine_metrics
 from m2kernels.pack_balanced import pack_balanced
 from m2kernels.plan_tree import TreePlan, plan_tree
@@ -14,12 +16,16 @@ from m2kernels.policy_loss import LossSpec, PolicyLoss, policy_loss
 from m2kernels.tree_attention import tree_attention
 
 __all__ = [
+    "LinearPolicyLoss",
+    "LogProb",
     "LossSpec",
     "PolicyLoss",
     "TreePlan",
     "combine_metrics",
     "doctor",
     "group_advantage",
+    "linear_logprob",
+    "linear_policy_loss",
     "pack_balanced",
     "plan_tree",
     "policy_loss",

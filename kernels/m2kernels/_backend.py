@@ -6,24 +6,27 @@ BACKENDS = ("cuda", "cpu", "torch")
 """In the order in which ``auto`` tries them."""
 
 
-def choose_backend(op: str, backend: str, reason: Callable[[str], str | None]) -> str:
+def choose_backend(
+    op: str, backend: str, reason: Callable[[str], str | None], backends: tuple[str, ...] = BACKENDS
+) -> str:
     """Resolve ``auto``, and check an explicit choice.
 
     Args:
         op: name of the op, for messages.
-        backend: ``auto`` or one of :data:`BACKENDS`.
+        backend: ``auto`` or one of `backends`.
         reason: backend -> why it cannot run these inputs, or None.
+        backends: those of the op, in the order in which ``auto`` tries them.
 
     Raises:
         ValueError: the backend is unknown, cannot run, or (auto) none can.
     """
     if backend == "auto":
-        for candidate in BACKENDS:
+        for candidate in backends:
             if reason(candidate) is None:
                 return candidate
         raise ValueError(f"{op}: no backend can run these inputs; torch says: {reason('torch')}")
-    if backend not in BACKENDS:
-        raise ValueError(f"{op}: got backend {backend!r}; expected auto, {', '.join(BACKENDS)}")
+    if backend not in backends:
+        raise ValueError(f"{op}: got backend {backend!r}; expected auto, {', '.join(backends)}")
     why = reason(backend)
     if why is not None:
         raise ValueError(f"{op}: backend {backend!r} cannot run: {why}; use backend='auto'")

@@ -94,7 +94,7 @@ def _tis_weight(spec: "LossSpec", tis_log: torch.Tensor) -> tuple[torch.Tensor, 
     return weight.clamp(max=spec.tis_cap), weight > spec.tis_cap
 
 
-def _look_up(advantage: torch.Tensor, seq: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+def look_up(advantage: torch.Tensor, seq: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
     """advantage [num_seqs] -> [M]; 0 where the token is masked or its id has none."""
     limit = advantage.shape[0]
     known = live & (seq >= 0) & (seq < limit)
@@ -131,7 +131,7 @@ def policy_loss_torch(
         return zero.index_add(0, run, x)[run]
 
     bad = _count_bad_seq(seq, live, None if per_token else advantage.shape[0])
-    advantage = clean(advantage) if per_token else _look_up(advantage, seq, live)
+    advantage = clean(advantage) if per_token else look_up(advantage, seq, live)
     logp = clean(logp)
     old = logp.detach() if old_logp is None else clean(old_logp)
     token_log_ratio = logp - old

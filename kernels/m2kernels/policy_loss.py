@@ -265,6 +265,21 @@ def policy_loss(
     return PolicyLoss(loss, metrics)
 
 
+def spec_arguments(spec: LossSpec) -> tuple[int | float | bool, ...]:
+    """A spec as the registered op takes it."""
+    return (
+        KINDS.index(spec.kind),
+        KLS.index(spec.kl),
+        float(spec.clip_low),
+        float(spec.clip_high),
+        math.inf if spec.dual_clip is None else float(spec.dual_clip),
+        float(spec.kl_coef),
+        float(spec.entropy_coef),
+        math.inf if spec.tis_cap is None else float(spec.tis_cap),
+        spec.tis_level == "sequence",
+    )
+
+
 def _policy_loss_native(
     logp: torch.Tensor,
     advantage: torch.Tensor,
@@ -293,15 +308,7 @@ def _policy_loss_native(
         dense(entropy),
         dense(rollout_logp),
         dense(ref_logp),
-        KINDS.index(spec.kind),
-        KLS.index(spec.kl),
-        float(spec.clip_low),
-        float(spec.clip_high),
-        math.inf if spec.dual_clip is None else float(spec.dual_clip),
-        float(spec.kl_coef),
-        float(spec.entropy_coef),
-        math.inf if spec.tis_cap is None else float(spec.tis_cap),
-        spec.tis_level == "sequence",
+        *spec_arguments(spec),
         per_token,
         denom,
     )

@@ -271,7 +271,7 @@ class LearnerClient:
         learner = self._recipe.learner
         ranks = learner.tp * learner.pp * learner.dp
         threads = learner.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
-        extra = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        extra = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", protocol.CONTROLLER: str(os.getpid())}
         if torch.cuda.is_available():
             extra["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron orders TP communication before compute by it
         else:

@@ -20,6 +20,8 @@ from typing import Any
 
 from m2train.files import write_atomic
 
+CONTROLLER = "M2TRAIN_CONTROLLER"
+"""In the environment of ranks that a controller started: its pid."""
 POLL_S = 0.015
 HEARTBEAT_S = 3.0
 

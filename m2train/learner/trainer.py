@@ -157,8 +157,8 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Write a checkpoint: weights, optimizer, schedule, RNG.
 
-        Megatron copies the optimizer's state up to three times on the way. On CPU the allocator is told to keep what
-        a step frees (client.py), so both sides of the save give it back: 11.5 GB resident became 7.5 for SmolLM2-135M.
+        Megatron copies the optimizer's state up to three times on the way, and on CPU the allocator is told to keep
+        what a step frees (client.py). Both sides of the save give it back: 11.5 GB resident became 7.5 for SmolLM2.
         """
         trim_heap()
         with _range("save"):

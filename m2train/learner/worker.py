@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m2train.config import Recipe
-from m2train.host import die_with_parent
+from m2train.host import die_with_parent, parent_of
 from m2train.learner import protocol
 from m2train.learner.protocol import Session, Watch, read_json, write_first, write_json
 
@@ -138,10 +138,11 @@ def _take_session(run_dir: Path, name: str | None) -> tuple[str, bool]:
 
 def run(run_dir: Path, name: str | None) -> None:
     """Join the ranks, build the learner, serve one session."""
-    parent = os.getppid()
     if name is not None:
         die_with_parent()
-        if os.getppid() != parent:
+        # It took a while to come here. If torchrun died meanwhile, the kernel has nothing left to tell us, and our
+        # parent is a stranger.
+        if parent_of(os.getppid()) != int(os.environ[protocol.CONTROLLER]):
             return
     try:
         _serve(run_dir, name)

@@ -1,0 +1,338 @@
+"""Driver of the LM head: rows, chunks, tensor parallelism and the GEMMs of the gradients.
+
+Knows no backend: it hands chunks of gathered rows to :class:`m2kernels._head_kernels.HeadKernels`
+and merges the tile statistics of all ranks in the vocabulary's order. Shared by linear_logprob,
+linear_policy_loss and (without the GEMMs) logprob.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import distributed as dist
+
+from m2kernels._head_kernels import HeadKernels, HeadSettings, RowStats, TileStats
+from m2kernels._head_torch import TorchHead
+from m2kernels._native import machine_reason
+
+HEAD_BACKENDS = ("triton", "cpu", "torch")
+"""In the order in which ``auto`` tries them."""
+
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+"""Default budget of one chunk's logits, by device: enough rows for full GEMM speed, small beside a
+model. The argument ``chunk_bytes`` overrides it; results of the forward do not depend on it."""
+
+_GRAD_BLOCK_BYTES = 32 << 20  # of a low-precision product on its way into a float32 sum
+
+HEAD_SCHEMA = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? rows, Tensor? temperatures, "
+    "float temperature, float? softcap, int? vocab_size, int vocab_start, str? group, str backend, "
+    "int chunk_bytes, bool invariant, ScalarType dtype"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadProblem:
+    """Arguments of a head op, checked, in the order of :data:`HEAD_SCHEMA`.
+
+    Attributes:
+        hidden: [N, D].
+        weight: [Vl, D], this rank's shard.
+        bias: [Vl] or None.
+        target: int [M], global ids.
+        rows: int [M] or None: then M = N.
+        temperatures: f32[M], or None: `temperature` holds for all rows.
+        temperature: see above.
+        softcap: see HeadSettings.
+        vocab_size: ids from here on are padding; None: the shards hold none.
+        vocab_start: global id of the shard's first row.
+        group: name of the tensor-parallel process group, or None.
+        backend: one of HEAD_BACKENDS.
+        chunk_bytes: budget of a chunk's logits.
+        invariant: see HeadKernels.
+        dtype: of the GEMMs; hidden and weight are converted to it.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    target: torch.Tensor
+    rows: torch.Tensor | None
+    temperatures: torch.Tensor | None
+    temperature: float
+    softcap: float | None
+    vocab_size: int | None
+    vocab_start: int
+    group: str | None
+    backend: str
+    chunk_bytes: int
+    invariant: bool
+    dtype: torch.dtype
+
+    def args(self) -> tuple[Any, ...]:
+        """The fields as an op's arguments."""
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+
+class Chunk(NamedTuple):
+    """Gathered rows of one chunk.
+
+    Attributes:
+        hidden: [C, D] in the GEMM's dtype.
+        target: int64 [C], local column or -1.
+        settings: for the kernels.
+        positions: rows of the problem's hidden that these are: a slice, or int [C].
+    """
+
+    hidden: torch.Tensor
+    target: torch.Tensor
+    settings: HeadSettings
+    positions: slice | torch.Tensor
+
+
+def triton_reason(hidden: torch.Tensor | None) -> str | None:
+    """Why the Triton kernels cannot run here, or on this hidden; None if they can."""
+    if hidden is not None and hidden.device.type != "cuda":
+        return f"hidden is on {hidden.device.type}"
+    if importlib.util.find_spec("m2kernels._head_triton") is None:
+        return "the Triton kernels are not part of this installation"
+    reason: str | None = importlib.import_module("m2kernels._head_triton").unsupported_reason(hidden)
+    return reason
+
+
+def head_reason(backend: str, hidden: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> str | None:
+    """Why `backend` cannot run here, or with GEMMs of `dtype` on this hidden; None if it can."""
+    if backend == "torch":
+        return None
+    if backend == "triton":
+        return triton_reason(hidden)
+    if hidden is not None and hidden.device.type != "cpu":
+        return f"hidden is on {hidden.device.type}"
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        return f"the computation is in {dtype}; the C++ kernels take float32 and bfloat16"
+    return machine_reason("cpu")
+
+
+def head_kernels(backend: str, *, invariant: bool) -> HeadKernels:
+    """The kernels of a backend that :func:`head_reason` has passed."""
+    if backend == "torch":
+        return TorchHead(invariant=invariant)
+    if backend == "cpu":
+        from m2kernels._head_cpu import CpuHead
+
+        return CpuHead(invariant=invariant)
+    kernels: HeadKernels = importlib.import_module("m2kernels._head_triton").TritonHead(invariant=invariant)
+    return kernels
+
+
+def _resolve(group: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type, unused-ignore]
+
+
+class VocabGroup:
+    """The shards of a vocabulary over a process group: who holds what, and the merge of their tiles.
+
+    Starting one is a collective (two integers a rank, read on the host) where the group has ranks.
+    """
+
+    def __init__(self, group: str | None, start: int, width: int, kernels: HeadKernels, like: torch.Tensor) -> None:
+        self.kernels = kernels
+        self.widest = width
+        self.group = None if group is None else _resolve(group)
+        if self.group is None or self.group.size() == 1:
+            self.group = None
+            return
+        mine = torch.tensor([start, width], dtype=torch.int64, device=like.device)
+        found = mine.new_empty(self.group.size() * 2)
+        dist.all_gather_into_tensor(found, mine, group=self.group)
+        shards = found.view(-1, 2).tolist()
+        self.widest = max(w for _, w in shards)
+        self.tiles = [-(-w // kernels.tile) for _, w in shards]
+        self.order = sorted(range(len(shards)), key=lambda rank: shards[rank])
+
+    def merge(self, stats: TileStats, target: torch.Tensor) -> RowStats:
+        """This rank's tiles -> rows over the whole vocabulary; one all-gather where there is a group."""
+        stats = stats._replace(z_target=torch.where(target >= 0, stats.z_target, -torch.inf))
+        if self.group is not None:
+            stats = self._gather(stats)
+        return self.kernels.merge(stats)
+
+    def _gather(self, stats: TileStats) -> TileStats:
+        """All ranks' statistics, packed in one tensor; the last tiles of narrower shards are filler."""
+        assert self.group is not None
+        most, mine = max(self.tiles), stats.top.shape[1]
+        fields = [stats.top, stats.total] + ([] if stats.moment is None else [stats.moment])
+        packed = stats.top.new_zeros(len(stats.top), 1 + len(fields) * most)
+        packed[:, 0] = stats.z_target
+        for k, field in enumerate(fields):
+            packed[:, 1 + k * most : 1 + k * most + mine] = field
+        world = packed.new_empty(len(self.tiles), *packed.shape)
+        dist.all_gather_into_tensor(world.view(-1), packed.view(-1), group=self.group)
+        joined = [
+            torch.cat([world[r, :, 1 + k * most : 1 + k * most + self.tiles[r]] for r in self.order], dim=1)
+            for k in range(len(fields))
+        ]
+        return TileStats(world[:, :, 0].amax(dim=0), joined[0], joined[1], joined[2] if len(joined) > 2 else None)
+
+
+class Head:
+    """One call's head, ready to do chunks of rows."""
+
+    def __init__(self, problem: HeadProblem) -> None:
+        self.problem = problem
+        self.num_rows = problem.target.shape[0]
+        self.kernels = head_kernels(problem.backend, invariant=problem.invariant)
+        weight = problem.weight.detach().to(problem.dtype)
+        self.weight = weight if weight.stride(1) == 1 or weight.shape[1] == 1 else weight.contiguous()
+        self.hidden = problem.hidden.detach()
+        self.bias = None if problem.bias is None else problem.bias.detach().contiguous()
+        width = weight.shape[0]
+        limit = width if problem.vocab_size is None else problem.vocab_size - problem.vocab_start
+        self.num_valid = min(max(limit, 0), width)
+        local = problem.target.long() - problem.vocab_start
+        self.target = torch.where((local >= 0) & (local < self.num_valid), local, -1)
+        self.vocab: VocabGroup | None = None
+
+    def widest(self) -> int:
+        """Width of the widest shard; the group is met on first use, by all ranks alike."""
+        if self.vocab is None:
+            p = self.problem
+            self.vocab = VocabGroup(p.group, p.vocab_start, self.weight.shape[0], self.kernels, self.weight)
+        return self.vocab.widest
+
+    def step(self, width: int) -> int:
+        """Rows whose logits of `width` columns fit the budget, a multiple of the kernels' step."""
+        step = self.kernels.row_step
+        rows = self.problem.chunk_bytes // max(width * self.weight.element_size(), 1)
+        return max(rows // step, 1) * step
+
+    def chunks(self, count: int, width: int) -> list[slice]:
+        """Equal parts of `count` rows within the budget."""
+        if count == 0:
+            return []
+        step = self.kernels.row_step
+        parts = -(-count // self.step(width))
+        size = -(-count // (parts * step)) * step
+        return [slice(i, min(i + size, count)) for i in range(0, count, size)]
+
+    def gather(self, part: slice | torch.Tensor) -> Chunk:
+        """Rows `part` of the problem's M, a slice or int64 positions."""
+        p = self.problem
+        index = part if p.rows is None else p.rows[part]
+        hidden = self.hidden[index] if isinstance(index, slice) else self.hidden.index_select(0, index)
+        inverse = 1.0 / p.temperature if p.temperatures is None else p.temperatures[part].float().reciprocal()
+        settings = HeadSettings(bias=self.bias, inv_temperature=inverse, softcap=p.softcap, num_valid=self.num_valid)
+        return Chunk(hidden.to(p.dtype).contiguous(), self.target[part], settings, index)
+
+    def statistics(self, chunk: Chunk, *, entropy: bool, keep: bool) -> tuple[RowStats, Any]:
+        """Forward of a chunk, over the whole vocabulary; with `keep` also the scratch of its gradient."""
+        self.widest()
+        assert self.vocab is not None
+        stats, kept = self.kernels.forward(
+            chunk.hidden, self.weight, chunk.target, chunk.settings, entropy=entropy, keep=keep
+        )
+        return self.vocab.merge(stats, chunk.target), kept
+
+
+class HeadGrads:
+    """Sums of the gradients over chunks: float32, whatever the dtype of the GEMMs.
+
+    Args:
+        head: what the chunks are of.
+        needs: gradients wanted, of (hidden, weight, bias).
+        single: there is one chunk: a weight gradient of the GEMM's dtype needs no float32 sum.
+        into: float32 [Vl, D] that the weight's gradient is added to, times `scale`.
+        scale: for `into` alone.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        needs: tuple[bool, bool, bool],
+        *,
+        single: bool,
+        into: torch.Tensor | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        p = head.problem
+        self.head = head
+        self.scale = scale if into is not None else 1.0
+        self.dtype = p.dtype if single and p.weight.dtype == p.dtype else torch.float32
+
+        def zeros(like: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+
+        self.to_hidden = zeros(p.hidden) if needs[0] else None
+        self.weight = needs[1]
+        self.to_weight = into
+        self.to_bias = zeros(p.bias) if needs[2] and p.bias is not None else None
+
+    def add(self, dz: torch.Tensor, chunk_hidden: torch.Tensor, positions: slice | torch.Tensor) -> None:
+        """Add a chunk: dz [C, Vl] and hidden [C, D], rows `positions` of the problem's hidden."""
+        if self.to_hidden is not None:
+            part = torch.mm(dz, self.head.weight).float()
+            if isinstance(positions, slice):
+                self.to_hidden[positions] += part
+            elif part.is_cuda:  # index_add adds in any order there
+                self.to_hidden.index_put_((positions.long(),), part, accumulate=True)
+            else:
+                self.to_hidden.index_add_(0, positions, part)
+        if self.to_bias is not None:
+            self.to_bias += dz.sum(dim=0, dtype=torch.float32)
+        if self.weight:
+            self._add_weight(dz, chunk_hidden)
+
+    def _add_weight(self, dz: torch.Tensor, hidden: torch.Tensor) -> None:
+        first = self.to_weight is None
+        if self.to_weight is None:
+            self.to_weight = dz.new_empty(dz.shape[1], hidden.shape[1], dtype=self.dtype)
+        total = self.to_weight
+        if total.dtype == dz.dtype:
+            total.addmm_(dz.t(), hidden, beta=0.0 if first else 1.0, alpha=self.scale)
+            return
+        step = max(_GRAD_BLOCK_BYTES // (hidden.shape[1] * 4), 1)
+        for start in range(0, dz.shape[1], step):
+            block, part = dz[:, start : start + step].t(), total[start : start + step]
+            product = torch.mm(block, hidden, out_dtype=torch.float32) if dz.is_cuda else torch.mm(block, hidden)
+            if first:
+                part.copy_(product)
+            else:
+                part.add_(product, alpha=self.scale)
+
+    def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """(d hidden, d weight, d bias): float32, but a single chunk's weight; None where not wanted."""
+        if self.weight and self.to_weight is None:
+            self.to_weight = torch.zeros_like(self.head.problem.weight, memory_format=torch.contiguous_format)
+        return self.to_hidden, self.to_weight, self.to_bias
+
+
+def to_inputs(
+    grads: Sequence[torch.Tensor | None], inputs: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients in the dtypes of the tensors that they are of."""
+    pairs = zip(grads, inputs, strict=True)
+    return tuple(g if g is None or x is None else g.to(x.dtype) for g, x in pairs)
+
+
+def live_rows(grads: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """int64 positions where some gradient is not zero. NaN is not zero: it is not hidden."""
+    given = [g != 0 for g in grads if g is not None]
+    live = given[0]
+    for other in given[1:]:
+        live = live | other
+    return live.nonzero()[:, 0]
+
+
+def compact(dz: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Rows `keep` (ascending) of dz, moved to its front; on a GPU a copy."""
+    if keep.numel() == dz.shape[0]:
+        return dz
+    if dz.is_cuda:
+        return dz.index_select(0, keep)
+    for to, row in enumerate(keep.tolist()):
+        if to != row:
+            dz[to].copy_(dz[row])
+    return dz[: keep.numel()]

@@ -1,0 +1,183 @@
+"""What a backend of the LM head offers to its driver (:mod:`m2kernels._head`).
+
+A backend turns a chunk of rows into statistics of fixed vocabulary tiles, and later the same chunk
+into the gradient of its logits. Everything else is the driver's and shared by all backends: rows,
+chunks, tensor parallelism, the merge of the tiles, the GEMMs of the gradients.
+
+    raw = hidden @ weight.T + bias
+    z = softcap(raw) * inv_temperature,  softcap(x) = cap tanh(x / cap)
+    dlogp / dz = onehot - p,  dentropy / dz = -p (z - log_norm + entropy),  p = exp(z - log_norm)
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadSettings:
+    """What the kernels need to know about this shard of the vocabulary.
+
+    Attributes:
+        bias: [Vl] of any float dtype, or None.
+        inv_temperature: scalar, or f32[C] for the rows of the chunk.
+        softcap: None or over 0; applied before the temperature.
+        num_valid: columns from here on are padding and get no mass.
+    """
+
+    bias: torch.Tensor | None
+    inv_temperature: float | torch.Tensor
+    softcap: float | None
+    num_valid: int
+
+
+class TileStats(NamedTuple):
+    """Per row and vocabulary tile, the TARGET'S COLUMN LEFT OUT of top, total and moment.
+
+    Leaving it out is what keeps log-probs near 0 exact: they become -log1p(total of the others).
+
+    Attributes:
+        z_target: f32[C], z of the target; any value where another rank holds it.
+        top: f32[C,T], the tile's anchor: its largest z; -inf for a tile without a column.
+        total: f32[C,T], sum of exp(z - top).
+        moment: f32[C,T], sum of (z - top) exp(z - top); None when no entropy is wanted.
+    """
+
+    z_target: torch.Tensor
+    top: torch.Tensor
+    total: torch.Tensor
+    moment: torch.Tensor | None
+
+
+class RowStats(NamedTuple):
+    """Per row, over the whole vocabulary: what the gradient needs.
+
+    log_norm + log_norm_low is the log-sum-exp to twice fp32's precision: with logits that share a
+    large offset, exp((z - log_norm) - log_norm_low) is as exact as without it.
+
+    Attributes:
+        log_norm: f32[C].
+        log_norm_low: f32[C], what rounding took from log_norm.
+        logp: f32[C], of the target.
+        entropy: f32[C], or None.
+    """
+
+    log_norm: torch.Tensor
+    log_norm_low: torch.Tensor
+    logp: torch.Tensor
+    entropy: torch.Tensor | None
+
+
+class HeadKernels:
+    """Base of the backends. `forward` and `grad` must be there, the rest has a default in torch.
+
+    Attributes:
+        tile: width of a vocabulary tile. Results are the same to the bit for every tensor-parallel
+            degree whose shards begin at multiples of it.
+        row_step: chunks are multiples of this many rows, as far as the rows allow.
+        invariant: a row's statistics must not depend, to the bit, on the other rows of the chunk.
+    """
+
+    tile: int
+    row_step: int = 1
+
+    def __init__(self, *, invariant: bool = True) -> None:
+        """Keep the setting; allocate nothing."""
+        self.invariant = invariant
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        settings: HeadSettings,
+        *,
+        entropy: bool,
+        keep: bool,
+    ) -> tuple[TileStats, Any]:
+        """Statistics of a chunk.
+
+        Args:
+            hidden: [C, D], of the weight's dtype; C is at least 1.
+            weight: [Vl, D], rows contiguous; Vl may be 0.
+            target: int64 [C], local column, or -1 where another rank holds it.
+            settings: of this shard and chunk.
+            entropy: also measure `moment`.
+            keep: also return a scratch for :meth:`grad`, else None.
+        """
+        raise NotImplementedError
+
+    def recompute(
+        self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, settings: HeadSettings
+    ) -> Any:
+        """The scratch of :meth:`forward` alone; need not be equal to it to the bit."""
+        return self.forward(hidden, weight, target, settings, entropy=False, keep=True)[1]
+
+    def grad(
+        self,
+        kept: Any,
+        target: torch.Tensor,
+        settings: HeadSettings,
+        rows: RowStats,
+        grad_logp: torch.Tensor,
+        grad_entropy: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """d loss / d raw, [C, Vl] in the weight's dtype; may be made in the memory of `kept`.
+
+        Args:
+            kept: the scratch of this chunk; used up by this call.
+            target: as in :meth:`forward`.
+            settings: as in :meth:`forward`.
+            rows: statistics over the whole vocabulary.
+            grad_logp: f32[C].
+            grad_entropy: f32[C] or None; then rows.entropy is not needed.
+
+        A row whose gradients are both zero gives zeros.
+        """
+        raise NotImplementedError
+
+    def merge(self, stats: TileStats) -> RowStats:
+        """Tiles of the whole vocabulary, in its order, -> rows. z_target is -inf where no rank has it.
+
+        In float64 and in a fixed order, which the number of rows does not change.
+        """
+        return merge_tiles(stats)
+
+
+def _pairwise_sum(x: torch.Tensor) -> torch.Tensor:
+    """Sum over dim 1, as a tree of neighbours: element-wise, and zeros at the end change no bit."""
+    while x.shape[1] > 1:
+        if x.shape[1] % 2:
+            x = torch.cat([x, x.new_zeros(x.shape[0], 1)], dim=1)
+        x = x[:, 0::2] + x[:, 1::2]
+    return x[:, 0]
+
+
+def merge_tiles(stats: TileStats) -> RowStats:
+    """:meth:`HeadKernels.merge` with torch ops: everything is anchored at the target's z.
+
+    With s the sum of exp(z - z_target) over the others, logp is -log1p(s): nothing cancels. Where
+    some z is over 600 above z_target the anchor is the largest z instead.
+    """
+    target, top = stats.z_target.double(), stats.top.double()
+    largest = top.amax(dim=1)
+    near = largest - target <= 600
+    anchor = torch.where(near, target, largest)
+    shift = top - anchor[:, None]
+    scale = torch.where(stats.total == 0, 0, shift.exp())
+    total = stats.total.double()
+    others = _pairwise_sum(scale * total)
+    own = torch.where(near, 1, (target - anchor).exp())
+    log_sum = torch.where(near, others.log1p(), (own + others).log())
+    log_norm = anchor + log_sum
+    high = log_norm.float()
+    low = torch.where(high.isinf(), 0, log_norm - high.double()).float()
+    logp = torch.where(near, 0.0, target - anchor) - log_sum
+    entropy = None
+    if stats.moment is not None:
+        shifted = torch.where(stats.total == 0, 0, stats.moment.double() + shift * total)
+        own_part = torch.where(own == 0, 0, own * (target - anchor))
+        weighted = _pairwise_sum(scale * shifted) + torch.where(near, 0, own_part)
+        entropy = (log_sum - weighted / (own + others)).float()
+    return RowStats(high, low, logp.float(), entropy)

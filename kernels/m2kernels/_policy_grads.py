@@ -1,0 +1,122 @@
+"""Per-token gradients of the policy loss, formed without autograd where a kernel can.
+
+The fused head needs d loss / d logp of a chunk while its logits are at hand.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from m2kernels._policy_loss_torch import look_up
+from m2kernels.policy_loss import LossSpec, PolicyLoss, policy_loss, spec_arguments
+from m2kernels.policy_loss import unsupported_reason as loss_reason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyTerms:
+    """What the loss needs besides logp and entropy; M tokens in packed order.
+
+    Attributes:
+        old_logp: f32[M] or None.
+        advantage: f32[num_seqs], or [M] with per_token.
+        seq: int[M], ascending.
+        rollout_logp: f32[M] or None.
+        ref_logp: f32[M] or None.
+        spec: which loss.
+        per_token: see advantage.
+        denom: number that the sum of terms is divided by.
+        divisor: 0-d tensor that it is divided by as well, never read on the host; or None.
+    """
+
+    old_logp: torch.Tensor | None
+    advantage: torch.Tensor
+    seq: torch.Tensor
+    rollout_logp: torch.Tensor | None
+    ref_logp: torch.Tensor | None
+    spec: LossSpec
+    per_token: bool
+    denom: float
+    divisor: torch.Tensor | None = None
+
+    def couples_tokens(self) -> bool:
+        """Does a token's gradient depend on the log-probs of its sequence's other tokens?"""
+        weighed = self.spec.tis_cap is not None and self.spec.tis_level == "sequence"
+        return self.spec.kind == "gspo" or (weighed and self.old_logp is None)
+
+    def by_token(self) -> "PolicyTerms":
+        """The same gradients from terms that can be cut anywhere: sequence weights in the advantage.
+
+        For a loss that does not couple tokens. A weight is positive, so it may multiply the
+        advantage inside min and clip as well as outside.
+        """
+        spec = self.spec
+        if spec.tis_cap is None or spec.tis_level == "token" or self.couples_tokens():
+            return self
+        assert self.old_logp is not None
+        advantage = self.advantage
+        if not self.per_token:
+            advantage = look_up(advantage, self.seq, torch.ones_like(self.seq, dtype=torch.bool))
+        # The kernel's own weights: with ratio 1 and advantage 1, cispo's gradient is minus the weight.
+        ones = replace(
+            self,
+            advantage=torch.ones_like(self.old_logp),
+            ref_logp=None,
+            spec=LossSpec(kind="cispo", tis_cap=spec.tis_cap, tis_level="sequence"),
+            per_token=True,
+            denom=1.0,
+            divisor=None,
+        )
+        weight = ones.gradients(self.old_logp, torch.zeros_like(self.old_logp))[0].neg()
+        plain = replace(spec, tis_cap=None, tis_level="token")
+        return replace(self, advantage=advantage * weight, spec=plain, per_token=True, rollout_logp=None)
+
+    def take(self, part: slice) -> "PolicyTerms":
+        """The terms of some tokens; whole sequences, if they couple."""
+
+        def cut(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x[part]
+
+        return replace(
+            self,
+            old_logp=cut(self.old_logp),
+            advantage=self.advantage[part] if self.per_token else self.advantage,
+            seq=self.seq[part],
+            rollout_logp=cut(self.rollout_logp),
+            ref_logp=cut(self.ref_logp),
+        )
+
+    def loss(self, logp: torch.Tensor, entropy: torch.Tensor) -> PolicyLoss:
+        """The loss and its metrics, from one deterministic reduction where a kernel does it."""
+        return policy_loss(
+            logp,
+            self.old_logp,
+            self.advantage,
+            self.seq,
+            denom=self.denom if self.divisor is None else self.divisor,
+            spec=self.spec,
+            per_token=self.per_token,
+            entropy=entropy,
+            rollout_logp=self.rollout_logp,
+            ref_logp=self.ref_logp,
+        )
+
+    def gradients(self, logp: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(d loss / d logp, d loss / d entropy or None when the loss has no entropy bonus)."""
+        if loss_reason(logp.device.type, logp) is None:
+            return self._kernel_gradients(logp, entropy)
+        bonus = self.spec.entropy_coef != 0
+        inputs = [x.detach().requires_grad_() for x in (logp, entropy)][: 2 if bonus else 1]
+        with torch.enable_grad():
+            loss = self.loss(inputs[0], inputs[1] if bonus else entropy).loss
+        grads = torch.autograd.grad(loss, inputs)
+        return grads[0], grads[1] if bonus else None
+
+    def _kernel_gradients(
+        self, logp: torch.Tensor, entropy: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The registered op forms gradients in its forward."""
+        tensors = (logp, self.old_logp, self.advantage, self.seq, None, entropy, self.rollout_logp, self.ref_logp)
+        dense = [None if x is None else x.contiguous() for x in tensors]
+        found = torch.ops.m2kernels.policy_loss_fwd(*dense, *spec_arguments(self.spec), self.per_token, self.denom)
+        grads = found[2:] if self.divisor is None else [g / self.divisor for g in found[2:]]
+        return grads[0], grads[1] if self.spec.entropy_coef != 0 else None

@@ -1,0 +1,426 @@
+"""Policy loss straight from hidden states and the LM head: loss and gradients in one forward.
+
+The maths is that of :mod:`m2kernels.linear_logprob` followed by :mod:`m2kernels.policy_loss`. As
+d loss / d logp of a token depends on that token alone (the denominator is the caller's), a chunk's
+logits become its gradient while they are at hand: three GEMMs (logits, dX, dW) where recomputing
+takes four, and dX, dW are formed from rows with a non-zero gradient alone. Losses that couple a
+sequence's tokens (gspo; sequence weights of an on-policy loss) take chunks of whole sequences; where
+one sequence is longer than a chunk, all rows are done twice instead.
+
+With `main_grad` and `grad_scale` dW goes into the trainer's buffer in the forward and no copy of it
+exists. That is once for each forward that will have a backward: the forward that activation
+checkpointing runs again inside the backward of one that was already counted adds nothing.
+"""
+
+import math
+import weakref
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import distributed as dist
+
+from m2kernels._check import check_device, check_dtype
+from m2kernels._head import HEAD_SCHEMA, Head, HeadGrads, HeadProblem, compact, head_reason, live_rows, to_inputs
+from m2kernels._head_check import make_problem
+from m2kernels._policy_grads import PolicyTerms
+from m2kernels.linear_logprob import head_backward, row_stats
+from m2kernels.metrics import FINAL_METRICS, RAW_METRICS, metrics_from_stats
+from m2kernels.policy_loss import LossSpec, _check_inputs, _check_spec, _number
+
+_OP = "linear_policy_loss"
+_NUM_ARGS = len(HeadProblem.__slots__)
+
+Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+class LinearPolicyLoss(NamedTuple):
+    """What :func:`linear_policy_loss` returns.
+
+    Attributes:
+        loss: 0-d float32, differentiable once in hidden, weight and bias.
+        logp: f32[M], without a gradient.
+        entropy: f32[M], without a gradient.
+        metrics: as of :func:`m2kernels.policy_loss`.
+    """
+
+    loss: torch.Tensor
+    logp: torch.Tensor
+    entropy: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+
+
+def unsupported_reason(
+    backend: str, hidden: torch.Tensor | None = None, dtype: torch.dtype | None = None
+) -> str | None:
+    """Why `backend` (triton | cpu | torch) cannot run here, or with GEMMs of `dtype` on this hidden."""
+    return head_reason(backend, hidden, dtype)
+
+
+def _sequence_chunks(seq: torch.Tensor, most: int) -> list[slice] | None:
+    """Chunks of whole sequences of at most `most` rows, or None when one is longer. Reads seq on the host."""
+    lengths = torch.unique_consecutive(seq, return_counts=True)[1].tolist()
+    if max(lengths, default=0) > most:
+        return None
+    chunks: list[slice] = []
+    start = end = 0
+    for length in lengths:
+        if end + length - start > most:
+            chunks.append(slice(start, end))
+            start = end
+        end += length
+    return [*chunks, slice(start, end)] if end > start else chunks
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where the weight's gradient goes in the forward: `into`, times `scale`; `wide`: it must be float32."""
+
+    into: torch.Tensor | None = None
+    scale: float = 1.0
+    wide: bool = False
+
+
+def _fused(
+    problem: HeadProblem, terms: PolicyTerms, needs: tuple[bool, bool, bool], target: _Target
+) -> tuple[LinearPolicyLoss, Grads]:
+    """Loss, and its gradients for an upstream gradient of 1 (float32; None where not needed)."""
+    head = Head(problem)
+    if not any(needs):
+        stats = row_stats(head, entropy=True)
+        assert stats.entropy is not None
+        return _finish(terms, stats.logp, stats.entropy), (None, None, None)
+    cut = terms.by_token()
+    width = head.widest()
+    parts = head.chunks(head.num_rows, width)
+    if cut.couples_tokens():
+        whole = _sequence_chunks(terms.seq, head.step(width))
+        if whole is None:
+            return _two_passes(head, terms, needs, target)
+        parts = whole
+    logp = head.hidden.new_empty(head.num_rows, dtype=torch.float32)
+    entropy = torch.empty_like(logp)
+    grads = HeadGrads(head, needs, single=len(parts) <= 1 and not target.wide, into=target.into, scale=target.scale)
+    for part in parts:
+        chunk = head.gather(part)
+        rows, kept = head.statistics(chunk, entropy=True, keep=True)
+        assert rows.entropy is not None
+        logp[part], entropy[part] = rows.logp, rows.entropy
+        to_logp, to_entropy = cut.take(part).gradients(rows.logp, rows.entropy)
+        live = live_rows([to_logp, to_entropy])
+        if not live.numel():
+            continue
+        dz = compact(head.kernels.grad(kept, chunk.target, chunk.settings, rows, to_logp, to_entropy), live)
+        positions, hidden = chunk.positions, chunk.hidden
+        if live.numel() < chunk.target.numel():
+            index = live + part.start if problem.rows is None else problem.rows[part][live]
+            positions, hidden = index, hidden.index_select(0, live)
+        grads.add(dz, hidden, positions)
+    return _finish(terms, logp, entropy), grads.finish()
+
+
+def _two_passes(
+    head: Head, terms: PolicyTerms, needs: tuple[bool, bool, bool], target: _Target
+) -> tuple[LinearPolicyLoss, Grads]:
+    """All log-probs first, then the gradients from logits computed again: four GEMMs."""
+    stats = row_stats(head, entropy=True)
+    assert stats.entropy is not None
+    to_logp, to_entropy = terms.gradients(stats.logp, stats.entropy)
+    grads = head_backward(
+        head, stats, to_logp, to_entropy, needs, into=target.into, scale=target.scale, wide=target.wide
+    )
+    return _finish(terms, stats.logp, stats.entropy), grads
+
+
+def _finish(terms: PolicyTerms, logp: torch.Tensor, entropy: torch.Tensor) -> LinearPolicyLoss:
+    loss, metrics = terms.loss(logp, entropy)
+    return LinearPolicyLoss(loss, logp, entropy, metrics)
+
+
+class _Counted:
+    """A forward that has added to a main_grad and whose backward is to come; lives with its graph."""
+
+    __slots__ = ("__weakref__", "key")
+
+    def __init__(self, key: tuple[int, int, int]) -> None:
+        self.key = key
+
+
+_counted: weakref.WeakSet[_Counted] = weakref.WeakSet()
+
+
+def _key(main_grad: torch.Tensor, target: torch.Tensor) -> tuple[int, int, int]:
+    return main_grad.data_ptr(), target.data_ptr(), target.numel()
+
+
+def _is_recompute(key: tuple[int, int, int]) -> bool:
+    """Inside a backward, with the same call counted before: checkpointing runs that forward again."""
+    inside: bool = torch._C._current_graph_task_id() != -1
+    return inside and any(c.key == key for c in _counted)
+
+
+@dataclass(slots=True)
+class _Call:
+    """What goes into the autograd function besides its differentiable tensors, and comes out."""
+
+    problem: HeadProblem
+    terms: PolicyTerms
+    main_grad: torch.Tensor | None
+    grad_scale: float | None
+    enabled: bool
+    metrics: dict[str, torch.Tensor] | None = None
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    """Hands its gradients over in backward rather than saving copies; writes main_grad once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: _Call
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(loss, logp, entropy); the metrics go into `call`."""
+        hidden_, weight_, bias_ = (call.enabled and need for need in ctx.needs_input_grad[:3])
+        needs = (hidden_, weight_, bias_)
+        ctx.main_grad, ctx.grad_scale, ctx.counted = None, call.grad_scale, None
+        target = _Target()
+        if call.main_grad is not None and needs[1]:
+            if call.grad_scale is None:
+                ctx.main_grad = call.main_grad
+                target = _Target(wide=True)
+            else:
+                key = _key(call.main_grad, call.problem.target)
+                if _is_recompute(key):
+                    needs = (needs[0], False, needs[2])
+                else:
+                    ctx.counted = _Counted(key)
+                    _counted.add(ctx.counted)
+                    target = _Target(call.main_grad, call.grad_scale)
+        out, grads = _fused(call.problem, call.terms, needs, target)
+        ctx.grads = (grads[0], None if target.into is not None else grads[1], grads[2])
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        call.metrics = out.metrics
+        ctx.mark_non_differentiable(out.logp, out.entropy)
+        return out.loss, out.logp, out.entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
+        """Scale what the forward formed."""
+        if ctx.grads is None:
+            raise RuntimeError(
+                f"{_OP}: a second backward; the first has handed the gradients over, call the op again"
+            )
+        grads, ctx.grads, ctx.counted = list(ctx.grads), None, None
+        if ctx.grad_scale is not None:
+            brought = float(grad_loss)
+            if not math.isclose(brought, ctx.grad_scale, rel_tol=1e-6):
+                raise ValueError(
+                    f"{_OP}: the backward brings a gradient of {brought}; expected grad_scale={ctx.grad_scale}, "
+                    "by which main_grad was scaled in the forward; pass the factor that the loss is multiplied by"
+                )
+        if ctx.main_grad is not None:
+            ctx.main_grad.addcmul_(grads[1], grad_loss.to(torch.float32))
+            grads[1] = None
+        if grad_loss.is_cuda or float(grad_loss) != 1.0:
+            for g in grads:
+                if g is not None:
+                    g.mul_(grad_loss)
+        return *(g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)), None
+
+
+# ---- The same under torch.compile: one opaque op, whose gradients are outputs.
+_SPEC_SCHEMA = "str kind, str kl, str tis_level, float[] numbers"
+
+
+def _spec_to_args(spec: LossSpec) -> tuple[str, str, str, list[float]]:
+    """NaN stands for None."""
+    dual = math.nan if spec.dual_clip is None else spec.dual_clip
+    cap = math.nan if spec.tis_cap is None else spec.tis_cap
+    numbers = [spec.clip_low, spec.clip_high, dual, spec.kl_coef, spec.entropy_coef, cap]
+    return spec.kind, spec.kl, spec.tis_level, [float(x) for x in numbers]
+
+
+def _spec_from_args(kind: str, kl: str, tis_level: str, numbers: list[float]) -> LossSpec:
+    low, high, dual, kl_coef, entropy_coef, cap = numbers
+    return LossSpec(
+        kind=kind,
+        clip_low=low,
+        clip_high=high,
+        dual_clip=None if math.isnan(dual) else dual,
+        kl=kl,
+        kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
+        tis_cap=None if math.isnan(cap) else cap,
+        tis_level=tis_level,
+    )
+
+
+@torch.library.custom_op(
+    "m2kernels::linear_policy_loss_fwd",
+    mutates_args=(),
+    schema=f"({HEAD_SCHEMA}, Tensor? old_logp, Tensor advantage, Tensor seq, Tensor? rollout_logp, "
+    f"Tensor? ref_logp, {_SPEC_SCHEMA}, bool per_token, float denom, Tensor? divisor, bool[3] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _fwd(*args: Any) -> tuple[torch.Tensor, ...]:
+    problem, rest = HeadProblem(*args[:_NUM_ARGS]), args[_NUM_ARGS:]
+    old_logp, advantage, seq, rollout_logp, ref_logp, *spec, per_token, denom, divisor, needs = rest
+    terms = PolicyTerms(
+        old_logp=old_logp, advantage=advantage, seq=seq, rollout_logp=rollout_logp, ref_logp=ref_logp,
+        spec=_spec_from_args(*spec), per_token=per_token, denom=denom, divisor=divisor,
+    )  # fmt: skip
+    out, grads = _fused(problem, terms, tuple(needs), _Target())
+    given = to_inputs(grads, args[:3])
+    stats = torch.stack(tuple(out.metrics[key] for key in RAW_METRICS + FINAL_METRICS))
+    return out.loss, out.logp, out.entropy, stats, *(out.logp.new_empty(0) if g is None else g for g in given)
+
+
+@_fwd.register_fake
+def _fwd_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+    hidden, target, needs = args[0], args[3], args[-1]
+    row = hidden.new_empty(target.shape[0], dtype=torch.float32)
+    stats = row.new_empty(len(RAW_METRICS) + len(FINAL_METRICS))
+    grads = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need and x is not None else row.new_empty(0)
+        for x, need in zip(args[:3], needs, strict=True)
+    )
+    return row.new_empty(()), row, torch.empty_like(row), stats, *grads
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[4:])
+    ctx.needs = inputs[-1]
+    ctx.num_inputs = len(inputs)
+
+
+def _backward(ctx: Any, grad_loss: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
+    scaled = [
+        g * grad_loss.to(g.dtype) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    ]
+    return *scaled, *(None for _ in range(ctx.num_inputs - 3))
+
+
+_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _compiled(problem: HeadProblem, terms: PolicyTerms, needs: list[bool]) -> LinearPolicyLoss:
+    loss, logp, entropy, stats, *_ = torch.ops.m2kernels.linear_policy_loss_fwd(
+        *problem.args(), terms.old_logp, terms.advantage, terms.seq, terms.rollout_logp, terms.ref_logp,
+        *_spec_to_args(terms.spec), terms.per_token, terms.denom, terms.divisor, needs,
+    )  # fmt: skip
+    return LinearPolicyLoss(loss, logp, entropy, metrics_from_stats(stats))
+
+
+def _check_main_grad(main_grad: torch.Tensor | None, grad_scale: float | None, weight: torch.Tensor) -> None:
+    """Raise ValueError for a buffer that dW cannot be added to."""
+    if main_grad is None:
+        if grad_scale is not None:
+            raise ValueError(f"{_OP}: got grad_scale {grad_scale} without main_grad; pass both, or leave it None")
+        return
+    if main_grad.shape != weight.shape:
+        raise ValueError(
+            f"{_OP}: main_grad has shape {list(main_grad.shape)}; expected that of the weight, {list(weight.shape)}"
+        )
+    check_dtype(_OP, "main_grad", main_grad, (torch.float32,))
+    check_device(_OP, "main_grad", main_grad, weight)
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        raise ValueError(f"{_OP}: main_grad is given but the weight is frozen; leave main_grad None")
+    if grad_scale is not None and not math.isfinite(grad_scale):
+        raise ValueError(f"{_OP}: got grad_scale {grad_scale}; expected a finite number")
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{_OP}: main_grad is for eager mode; return dW instead, or leave the call uncompiled")
+
+
+def linear_policy_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    old_logp: torch.Tensor | None,
+    advantage: torch.Tensor,
+    seq: torch.Tensor,
+    *,
+    denom: float | torch.Tensor,
+    spec: LossSpec | None = None,
+    per_token: bool = False,
+    rows: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    rollout_logp: torch.Tensor | None = None,
+    ref_logp: torch.Tensor | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
+    main_grad: torch.Tensor | None = None,
+    grad_scale: float | None = None,
+    backend: str = "auto",
+    chunk_bytes: int | None = None,
+    invariant: bool = True,
+) -> LinearPolicyLoss:
+    """Policy loss of M tokens, given the hidden states that predict them; gradients are formed here.
+
+    Arguments that are not listed are those of :func:`m2kernels.linear_logprob`.
+
+    Args:
+        hidden: [N, D]; its gradient is this rank's part, as there.
+        weight: [V or V/tp, D].
+        target: int[M].
+        old_logp: f32[M], or None: on-policy, the ratio is 1 and has a gradient.
+        advantage: f32[num_seqs], looked up by seq; with per_token f32[M].
+        seq: int[M], ascending: the sequence of each token. Masked tokens are those that `rows`,
+            `target` and all of these leave out.
+        denom: what the sum is divided by; over 0. A 0-d tensor is not read on the host.
+        spec: which loss; None is LossSpec().
+        per_token: the advantage is given per token.
+        rows: int[M], rows of hidden, or None.
+        bias: [V or V/tp] or None.
+        temperature: a number over 0, or f32[M].
+        softcap: None or a number over 0.
+        vocab_size: ids from here on are padding.
+        rollout_logp: f32[M]; needed for spec.tis_cap.
+        ref_logp: f32[M]; needed when spec.kl_coef is not 0.
+        tp_group: process group that the vocabulary is sharded over.
+        vocab_start: global id of this shard's first row.
+        main_grad: float32 [V or V/tp, D] that dW is added to, exactly once; the weight itself then
+            gets no gradient. Eager only.
+        grad_scale: the factor that backward will bring (Megatron: loss scale / micro-batches). dW
+            times it is added in the forward, and no copy of dW is made; a backward that brings
+            another factor raises ValueError. None: dW is kept, and added in backward.
+        backend: auto | triton | cpu | torch.
+        chunk_bytes: budget of a chunk's logits.
+        invariant: as in linear_logprob.
+
+    Returns:
+        LinearPolicyLoss(loss, logp, entropy, metrics). One backward, with any upstream gradient
+        (unless grad_scale names it); a second one raises RuntimeError.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or option, bad ids (CPU), a backend that cannot run.
+    """
+    spec = LossSpec() if spec is None else spec
+    problem = make_problem(
+        _OP, hidden, weight, target, rows=rows, bias=bias, temperature=temperature, softcap=softcap,
+        vocab_size=vocab_size, tp_group=tp_group, vocab_start=vocab_start, backend=backend,
+        chunk_bytes=chunk_bytes, invariant=invariant,
+    )  # fmt: skip
+    optional = {"old_logp": old_logp, "rollout_logp": rollout_logp, "ref_logp": ref_logp}
+    like = torch.empty(target.shape[0], dtype=torch.float32, device=hidden.device)
+    _check_inputs(like, advantage, seq, None, per_token, optional)
+    _check_spec(spec, {**optional, "entropy": like})
+    _check_main_grad(main_grad, grad_scale, weight)
+    number = _number(denom)
+    divisor = denom.detach().reshape(()).float() if isinstance(denom, torch.Tensor) else None
+    old_logp, rollout_logp, ref_logp = (None if x is None else x.detach() for x in optional.values())
+    terms = PolicyTerms(
+        old_logp=old_logp, advantage=advantage.detach(), seq=seq, rollout_logp=rollout_logp, ref_logp=ref_logp,
+        spec=spec, per_token=per_token, denom=number, divisor=divisor,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        grad = torch.is_grad_enabled()
+        needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        return _compiled(problem, terms, needs)
+    call = _Call(problem, terms, main_grad, grad_scale, torch.is_grad_enabled())
+    loss, logp, entropy = _LinearPolicyLoss.apply(hidden, weight, bias, call)
+    assert call.metrics is not None
+    return LinearPolicyLoss(loss, logp, entropy, call.metrics)
