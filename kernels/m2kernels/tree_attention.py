@@ -8,6 +8,7 @@ and dtype: each chain of rows attends to a copy of its path.
 """
 
 import math
+from typing import Literal, overload
 
 import torch
 
@@ -49,6 +50,34 @@ def _check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: TreeP
         raise ValueError(f"{_OP}: q has {q.shape[0]} rows; expected the plan's {plan.num_rows}, or more (padding)")
     if not math.isfinite(scale):
         raise ValueError(f"{_OP}: got scale {scale}; expected a finite number")
+
+
+@overload
+def tree_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: TreePlan,
+    *,
+    scale: float | None = None,
+    deterministic: bool = True,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> torch.Tensor: ...
+
+
+@overload
+def tree_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: TreePlan,
+    *,
+    scale: float | None = None,
+    deterministic: bool = True,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def tree_attention(

@@ -19,13 +19,14 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
+import m2kernels as mk
 from m2train.config import ConfigError, Recipe
 from m2train.learner import cpu_compat
 from m2train.learner.attention import PackedRows, packed_rows
 from m2train.learner.head import linear_logprob
 from m2train.learner.hf import stage_entries
 from m2train.learner.hf_config import HfModel
-from m2train.learner.spec import layer_spec, use_transformer_engine
+from m2train.learner.spec import layer_spec, use_own_attention, use_transformer_engine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -60,9 +61,9 @@ class HeadRows:
     """Where the loss lives in a packed micro-batch."""
 
     rows: torch.Tensor
-    """int64 [M]: packed rows whose next token is scored"""
+    """int64 [M]: packed rows before each scored token; where replies part, one row has several"""
     target: torch.Tensor
-    """int64 [M]: that next token"""
+    """int64 [M]: the scored token"""
     temperature: float
     vocab_size: int
 
@@ -148,13 +149,13 @@ def build_model(model: HfModel, recipe: Recipe) -> PolicyModel:
     with cpu_compat.cuda_names():
         policy = PolicyModel(
             config=config,
-            transformer_layer_spec=layer_spec(config),
+            transformer_layer_spec=layer_spec(config, recipe.learner.packing),
             vocab_size=model.padded_vocab(recipe.learner.tp),
             max_sequence_length=model.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
             share_embeddings_and_output_weights=model.tied,
-            position_embedding_type="rope" if use_transformer_engine() else "none",
+            position_embedding_type="none" if use_own_attention(recipe.learner.packing) else "rope",
             rotary_base=int(model.rope.theta),
             hf=model,
         )
@@ -195,9 +196,9 @@ class PolicyModel(GPTModel):
             self.rotary_pos_emb.inv_freq = self.inverse_frequencies
         self._head_rows: HeadRows | None = None
 
-    def pack(self, lengths: list[int]) -> PackedRows:
-        """Packing description of sequences of these lengths."""
-        return packed_rows(lengths, self.inverse_frequencies, self.config.params_dtype)
+    def pack(self, forest: mk.TreePlan) -> PackedRows:
+        """Packing description of a micro-batch."""
+        return packed_rows(forest, self.inverse_frequencies, self.config.params_dtype)
 
     def score(self, tokens: torch.Tensor, packed: PackedRows, head: HeadRows, *, through: torch.nn.Module) -> Any:
         """Forward of `tokens [1, T]`: (logp, entropy) f32[M] on the last stage, hidden states before it.
