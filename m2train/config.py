@@ -122,14 +122,17 @@ class LearnerConfig(Section):
     eps: float = Field(1e-8, gt=0)
     clip_grad: float = Field(1.0, ge=0)
     micro_batch_tokens: int = Field(8192, ge=16)
-    """Cap on the packed tokens of a micro-batch."""
+    """Cap on the packed tokens of a micro-batch; shared ones count once under `packing = "tree"`."""
     micro_batches: int | None = Field(None, ge=1)
     """Micro-batches per data-parallel rank and optimizer step; None: as few as the cap allows."""
     recompute: bool = False
     overlap: bool = False
     """Gradients are reduced while the backward runs, weights gathered while the next forward does (dp > 1)."""
-    packing: Literal["varlen", "none"] = "varlen"
-    """`varlen`: replies of a step share micro-batches; `none`: one reply a micro-batch row."""
+    micro_batch_loss_rows: int | None = Field(None, ge=1)
+    """Cap on the scored tokens of a micro-batch; None: none but that on its tokens."""
+    packing: Literal["tree", "varlen", "none"] = "tree"
+    """`tree`: replies share micro-batches, and what they have in common is computed once; `varlen`: they lie one
+    after another; `none`: one reply a micro-batch."""
     threads: int | None = Field(None, ge=1)
     """CPU threads per rank; None: cores / ranks."""
     launch: Literal["local", "external"] = "local"
@@ -218,6 +221,12 @@ class Recipe(Section):
             raise ValueError(
                 f"learner.packing = 'none' makes every reply a micro-batch, but learner.micro_batches = "
                 f"{self.learner.micro_batches}; drop one of them"
+            )
+        scored = self.learner.micro_batch_loss_rows
+        if scored is not None and scored < self.algo.max_new_tokens:
+            raise ValueError(
+                f"algo.max_new_tokens = {self.algo.max_new_tokens} scored tokens do not fit in "
+                f"learner.micro_batch_loss_rows = {scored}; raise the latter"
             )
         longest = self.rollout.max_context_tokens + self.algo.max_new_tokens
         if longest > self.learner.micro_batch_tokens:

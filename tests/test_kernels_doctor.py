@@ -22,7 +22,7 @@ def test_report_is_json_and_names_every_backend():
         assert report[op]["cpu"] is None, "the CPU kernels must be built for the tests"
         if torch.version.cuda is None:
             assert report[op]["cuda"] == "this torch is built without CUDA"
-    assert report["pack_balanced"] == {"cpu": None}
+    assert report["pack_balanced"] == report["plan_tree"] == {"cpu": None}
     assert report["environment"]["torch"] == torch.__version__
     assert report["environment"]["cpu_isa"] in ("baseline", "avx2", "avx512")
 

@@ -10,15 +10,8 @@ import pytest
 import torch
 
 from m2train.config import ConfigError, Recipe, parse
-from m2train.learner.batch import (
-    Sample,
-    TrainBatch,
-    batches_from_groups,
-    build_micro_batch,
-    load_batch,
-    plan_micro_batches,
-    save_batch,
-)
+from m2train.learner.batch import Sample, TrainBatch, batches_from_groups, load_batch, save_batch
+from m2train.learner.packing import Costs, MicroBatch, build_micro_batch, plan_forest, plan_micro_batches
 from m2train.records import Generation, Group, Reply, VersionSpan
 
 
@@ -78,11 +71,32 @@ def test_malformed_samples(context: int, reply: int, values: int) -> None:
         )
 
 
+def members_of(lengths: list[int], settings: Recipe) -> list[list[list[int]]]:
+    """The packing of samples of these lengths, of which no two begin alike."""
+    samples = [
+        Sample(
+            token_ids=torch.full((n,), i),
+            loss_start=n - 1,
+            rollout_logp=torch.zeros(1),
+            advantage=0.0,
+            seq_id=i,
+        )
+        for i, n in enumerate(lengths)
+    ]
+    return plan_micro_batches(samples, settings, Costs(1 / 400, 0.1))[0]
+
+
+def micro_of(batch: TrainBatch, members: list[int], multiple: int) -> MicroBatch:
+    forest = plan_forest([batch.samples[i] for i in members], shared=False, multiple=multiple)
+    return build_micro_batch(batch, members, forest, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("packing", ["tree", "varlen"])
 @pytest.mark.parametrize("dp", [1, 2, 3])
 @pytest.mark.parametrize("micro", [None, 6])
-def test_plan_is_complete_capped_and_even(dp: int, micro: int | None) -> None:
+def test_plan_is_complete_capped_and_even(dp: int, micro: int | None, packing: str) -> None:
     lengths = [20 + (37 * i) % 120 for i in range(25)]
-    plan = plan_micro_batches(lengths, recipe(dp=dp, micro_batches=micro), 64)
+    plan = members_of(lengths, recipe(dp=dp, micro_batches=micro, packing=packing))
     assert len(plan) == dp and len({len(rank) for rank in plan}) == 1
     if micro is not None:
         assert len(plan[0]) == micro
@@ -93,14 +107,14 @@ def test_plan_is_complete_capped_and_even(dp: int, micro: int | None) -> None:
 
 def test_as_few_micro_batches_as_fit() -> None:
     lengths = [100] * 9
-    assert len(plan_micro_batches(lengths, recipe(), 64)[0]) == math.ceil(900 / 400)
+    assert len(members_of(lengths, recipe())[0]) == math.ceil(900 / 400)
 
 
 def test_dummies_where_samples_run_out() -> None:
-    plan = plan_micro_batches([30, 30, 30], recipe(packing="none", dp=2), 64)
+    plan = members_of([30, 30, 30], recipe(packing="none", dp=2))
     assert [len(rank) for rank in plan] == [2, 2]
     assert sum(not one for rank in plan for one in rank) == 1
-    plan = plan_micro_batches([30], recipe(dp=2), 64)
+    plan = members_of([30], recipe(dp=2))
     assert sorted(len(one) for rank in plan for one in rank) == [0, 1]
 
 
@@ -114,23 +128,25 @@ def test_dummies_where_samples_run_out() -> None:
 )
 def test_plans_that_cannot_be(lengths: list[int], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        plan_micro_batches(lengths, recipe(**settings), 64)
+        members_of(lengths, recipe(**settings))
 
 
 def test_micro_batch_targets() -> None:
     batch = TrainBatch(samples=[sample(3, 2, 0), sample(1, 4, 1), sample(2, 1, 2)], denom=1.0, temperature=1.0)
-    micro = build_micro_batch(batch, [2, 0], 4, torch.device("cpu"))
-    assert micro.lengths == [3, 5] and micro.tokens.shape == (1, 8)
+    micro = micro_of(batch, [2, 0], 4)
+    assert micro.forest.lengths == (3, 5) and micro.tokens.shape == (1, 8)
     assert micro.tokens[0, micro.rows + 1].equal(micro.target)
     assert micro.target.tolist() == [202, 3, 4] and micro.seq.tolist() == [0, 1, 1]
-    micro = build_micro_batch(batch, [0], 4, torch.device("cpu"))
-    assert micro.lengths == [5, 3], "the pad is a sequence of its own"
+    micro = micro_of(batch, [0], 4)
+    assert micro.forest.lengths == (5, 3), "the pad is a sequence of its own"
 
 
 def test_dummy_micro_batch() -> None:
     batch = TrainBatch(samples=[sample(3, 2)], denom=1.0, temperature=1.0)
-    micro = build_micro_batch(batch, [], 2, torch.device("cpu"))
-    assert micro.lengths == [2] and micro.rows.numel() == micro.target.numel() == micro.rollout_logp.numel() == 0
+    micro = micro_of(batch, [], 2)
+    assert (
+        micro.forest.lengths == (2,) and micro.rows.numel() == micro.target.numel() == micro.rollout_logp.numel() == 0
+    )
 
 
 def group(uid: str, replies: int) -> Group:

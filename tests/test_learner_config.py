@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "dist"))
 
 from learner_models import write_model  # noqa: E402
 
+import m2kernels as mk  # noqa: E402
 from m2train.config import ConfigError, parse  # noqa: E402
 from m2train.learner.attention import packed_rows  # noqa: E402
 from m2train.learner.hf_config import read_hf_config  # noqa: E402
@@ -107,10 +108,13 @@ def test_schedules() -> None:
 
 
 def test_rope_positions_restart() -> None:
-    packed = packed_rows([3, 5, 1], torch.tensor([1.0, 0.1]), torch.float32)
+    packed = packed_rows(mk.plan_tree([[1] * 3, [2] * 5, [3]]), torch.tensor([1.0, 0.1]), torch.float32)
     position = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 0]).float()
     torch.testing.assert_close(packed.cos[:, 0], torch.cos(position[:, None] * torch.tensor([1.0, 0.1])))
     assert packed.cu_seqlens_q.tolist() == [0, 3, 8, 9] and packed.max_seqlen_q == 5
+    shared = packed_rows(mk.plan_tree([[1, 2], [1, 3, 4]]), torch.tensor([1.0, 0.1]), torch.float32)
+    assert shared.cu_seqlens_q is None
+    torch.testing.assert_close(shared.sin[:, 0, 0], torch.tensor([0.0, 1.0, 2.0, 1.0]).sin())
 
 
 def test_llama3_rope_is_that_of_transformers(tmp_path: Path) -> None:

@@ -11,18 +11,23 @@ from m2kernels.linear_logprob import LogProb, linear_logprob
 from m2kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from m2kernels.metrics import combine_metrics
 from m2kernels.pack_balanced import pack_balanced
+from m2kernels.plan_tree import TreePlan, plan_tree
 from m2kernels.policy_loss import LossSpec, PolicyLoss, policy_loss
+from m2kernels.tree_attention import tree_attention
 
 __all__ = [
     "LinearPolicyLoss",
     "LogProb",
     "LossSpec",
     "PolicyLoss",
+    "TreePlan",
     "combine_metrics",
     "doctor",
     "group_advantage",
     "linear_logprob",
     "linear_policy_loss",
     "pack_balanced",
+    "plan_tree",
     "policy_loss",
+    "tree_attention",
 ]

@@ -1,5 +1,7 @@
 """Types of the compiled planner (csrc/planner/bindings.cpp)."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,3 +12,4 @@ def pack(
     max_items: int,
     num_bins: int,
 ) -> tuple[int, int, int, NDArray[np.int32]]: ...
+def plan_tree(sequences: list[NDArray[Any]], key: NDArray[np.int64], wide: bool, block: int) -> dict[str, Any]: ...

@@ -6,7 +6,7 @@ import importlib.util
 from m2kernels import _native
 from m2kernels._backend import BACKENDS
 
-TENSOR_OPS = ("group_advantage", "policy_loss")
+TENSOR_OPS = ("group_advantage", "policy_loss", "tree_attention")
 
 
 def doctor() -> dict[str, dict[str, str | None]]:
@@ -22,5 +22,6 @@ def doctor() -> dict[str, dict[str, str | None]]:
         report[op] = {backend: reason(backend) for backend in BACKENDS}
     planner = importlib.util.find_spec("m2kernels._planner")
     report["pack_balanced"] = {"cpu": None if planner else "_planner is not installed"}
+    report["plan_tree"] = {"cpu": None if planner else "_planner is not installed"}
     report["environment"] = _native.environment()
     return report

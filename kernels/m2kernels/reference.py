@@ -4,6 +4,7 @@ Nothing here is shared with an implementation, so that a mistake in one cannot h
 All take float64 tensors on the CPU, and are differentiable by autograd where their op is.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,3 +97,41 @@ def policy_loss_ref(
         sequence = torch.stack(terms)
         total = total + (sequence.mean() if spec.kind == "gspo" else sequence.sum())
     return -total / denom
+
+
+def tree_attention_ref(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Sequence[torch.Tensor], scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Oracle of :func:`m2kernels.tree_attention`: plain causal attention, one sequence and one query at a time.
+
+    It knows nothing of trees: `rows[i]` holds the packed rows of sequence i in order. A row's result is taken from
+    the first sequence that has it; the others must agree.
+
+    Args:
+        q: float64 [N, Hq, D].
+        k: float64 [N, Hkv, D].
+        v: float64 [N, Hkv, D].
+        rows: int [length] per sequence.
+        scale: of the scores.
+
+    Returns:
+        o [N, Hq, D] and lse [N, Hq]; rows in no sequence are 0.
+    """
+    group = q.shape[1] // k.shape[1]
+    out: dict[int, torch.Tensor] = {}
+    lse: dict[int, torch.Tensor] = {}
+    for sequence in rows:
+        path = sequence.long()
+        keys, values = (x[path].repeat_interleave(group, dim=1) for x in (k, v))
+        for place, row in enumerate(path.tolist()):
+            scores = scale * (q[row] * keys[: place + 1]).sum(dim=2)
+            got = (scores.softmax(dim=0)[..., None] * values[: place + 1]).sum(dim=0)
+            if row in out:
+                assert float((out[row] - got).detach().abs().max()) < 1e-12, "sequences disagree about a shared row"
+                continue
+            out[row], lse[row] = got, scores.logsumexp(dim=0)
+    nothing = torch.zeros_like(q[0]) if len(q) else q
+    rest = range(len(q))
+    o = torch.stack([out.get(i, nothing) for i in rest]) if len(q) else q
+    sums = torch.stack([lse.get(i, nothing[:, 0]) for i in rest]) if len(q) else q[..., 0]
+    return o, sums

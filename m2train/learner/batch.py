@@ -1,8 +1,4 @@
-"""Training data: samples, batches, their file format, and their packing into micro-batches.
-
-A sample is one reply with its context. Packing is a function of the lengths and the recipe alone, so every rank
-computes the same plan from the same file and no data is sent between ranks.
-"""
+"""Training data: samples, batches and their file format. A sample is one reply with its context."""
 
 from __future__ import annotations
 
@@ -14,8 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-import m2kernels as mk
-from m2train.config import ConfigError, Recipe
+from m2train.config import Recipe
 from m2train.files import write_atomic
 from m2train.records import Group
 
@@ -131,113 +126,3 @@ def load_batch(path: Path) -> TrainBatch:
     ]
     denom, temperature = t["scalars"].tolist()
     return TrainBatch(samples=samples, denom=denom, temperature=temperature)
-
-
-# ------------------------------------------------------------------------------------------------- packing
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MicroBatch:
-    """Samples packed one after another, on the learner's device."""
-
-    members: list[int]
-    """Indices into the batch's samples; empty: a dummy that carries no loss."""
-    lengths: list[int]
-    """Tokens of each packed sequence, a closing pad sequence included."""
-    tokens: torch.Tensor
-    """int64 [1, T]"""
-    rows: torch.Tensor
-    """int64 [M]: rows whose next token carries loss"""
-    target: torch.Tensor
-    """int64 [M]"""
-    seq: torch.Tensor
-    """int64 [M]: which member"""
-    advantage: torch.Tensor
-    """f32 [members]"""
-    rollout_logp: torch.Tensor
-    """f32 [M]"""
-    old_logp: torch.Tensor | None
-    """f32 [M]"""
-
-
-def plan_micro_batches(lengths: Sequence[int], recipe: Recipe, hidden: int) -> list[list[list[int]]]:
-    """`plan[dp rank][micro-batch]` is a list of sample indices; all ranks have equally many, empty ones are dummies.
-
-    Bins are balanced by cost, L (1 + L / 12 hidden): linear layers plus attention. Bins of similar cost run at the
-    same time on different ranks.
-
-    Raises:
-        ConfigError: `learner.micro_batches` is too small for the token cap, or a sample exceeds the cap.
-    """
-    learner = recipe.learner
-    cap = learner.micro_batch_tokens - _pad_room(recipe)
-    longest = max(lengths)
-    if longest > cap:
-        raise ConfigError(f"a sample has {longest} tokens; learner.micro_batch_tokens = {learner.micro_batch_tokens}")
-    if learner.packing == "none":
-        bins = [[i] for i in range(len(lengths))]
-    else:
-        bins = _pack(lengths, cap, learner.dp, learner.micro_batches, hidden)
-    cost = [sum(_cost(lengths[i], hidden) for i in one) for one in bins]
-    order = sorted(range(len(bins)), key=lambda b: -cost[b])
-    bins = [bins[b] for b in order]
-    bins += [[] for _ in range(-len(bins) % learner.dp)]
-    return [bins[rank :: learner.dp] for rank in range(learner.dp)]
-
-
-def _pack(lengths: Sequence[int], cap: int, dp: int, micro_batches: int | None, hidden: int) -> list[list[int]]:
-    tokens = torch.tensor(lengths, dtype=torch.int64)
-    cost = torch.tensor([_cost(n, hidden) for n in lengths], dtype=torch.float64)
-    caps = torch.tensor([cap], dtype=torch.int64)
-    if micro_batches is not None:
-        try:
-            return mk.pack_balanced(cost, dp * micro_batches, weights=tokens[:, None], max_weights=caps)
-        except ValueError as err:
-            raise ConfigError(
-                f"{int(tokens.sum())} tokens do not fit in learner.dp x learner.micro_batches = {dp * micro_batches} "
-                f"micro-batches of {cap} tokens; raise learner.micro_batches or learner.micro_batch_tokens"
-            ) from err
-    fewest = len(mk.pack_balanced(tokens.double(), max_cost=float(cap)))
-    num = -(-fewest // dp) * dp
-    while True:  # balance by cost may need more bins than the densest packing; one sample a bin always fits
-        try:
-            return mk.pack_balanced(cost, num, weights=tokens[:, None], max_weights=caps)
-        except ValueError:
-            num += dp
-            if num >= len(lengths) + dp:
-                raise
-
-
-def _cost(length: int, hidden: int) -> float:
-    return length * (1.0 + length / (12.0 * hidden))
-
-
-def _pad_room(recipe: Recipe) -> int:
-    """Tokens kept free for the closing pad sequence that sequence parallelism may need."""
-    return recipe.learner.tp - 1
-
-
-def build_micro_batch(batch: TrainBatch, members: Sequence[int], multiple: int, device: torch.device) -> MicroBatch:
-    """Pack samples; a pad sequence of its own fills up to a multiple of `multiple` tokens (sequence parallelism)."""
-    samples = [batch.samples[i] for i in members]
-    lengths = [s.token_ids.numel() for s in samples]
-    pad = -sum(lengths) % multiple if samples else multiple
-    tokens = torch.cat([*(s.token_ids for s in samples), torch.zeros(pad, dtype=torch.int64)])
-    rows, start = [torch.empty(0, dtype=torch.int64)], 0
-    for s, n in zip(samples, lengths, strict=True):
-        rows.append(torch.arange(start + s.loss_start - 1, start + n - 1))
-        start += n
-    row = torch.cat(rows)
-    empty = torch.empty(0, dtype=torch.float32)
-    old = [s.old_logp for s in samples if s.old_logp is not None]
-    return MicroBatch(
-        members=list(members),
-        lengths=lengths + ([pad] if pad else []),
-        tokens=tokens[None].to(device),
-        rows=row.to(device),
-        target=tokens[row + 1].to(device),
-        seq=torch.repeat_interleave(torch.tensor([s.reply_length for s in samples], dtype=torch.int64)).to(device),
-        advantage=torch.tensor([s.advantage for s in samples], dtype=torch.float32, device=device),
-        rollout_logp=torch.cat([empty, *(s.rollout_logp.float() for s in samples)]).to(device),
-        old_logp=torch.cat(old).float().to(device) if old else None,
-    )

@@ -42,7 +42,8 @@ _KEEP_MEMORY = ":".join(
 # Metrics of several updates of a step are averaged, except these.
 _SUMMED = (
     *("learner/forward_backward_s", "learner/optimizer_s", "learner/micro_batches"),
-    *("learner/tokens", "learner/loss_tokens", "learner/samples", "policy/num_bad_seq"),
+    *("learner/tokens", "learner/unique_tokens", "learner/duplicate_tokens", "learner/loss_tokens"),
+    *("learner/samples", "learner/plan_s", "learner/plan_wait_s", "policy/num_bad_seq"),
 )
 _WORST = ("mismatch/max_abs", "policy/ratio_max", "tis/max")
 _LEAST = ("tis/min",)

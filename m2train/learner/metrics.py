@@ -12,6 +12,7 @@ from m2train.config import AlgoConfig, Recipe
 from m2train.learner.batch import TrainBatch
 
 if TYPE_CHECKING:
+    from m2train.learner.packing import StepPlan
     from m2train.learner.trainer import Scored
 
 # Those of the loss op that are not worked out here from all tokens at once.
@@ -31,7 +32,7 @@ def step_metrics(
     batch: TrainBatch,
     logp: Sequence[torch.Tensor],
     scored: Sequence[Scored],
-    plan: Sequence[Sequence[Sequence[int]]],
+    plan: StepPlan,
     recipe: Recipe,
 ) -> dict[str, float]:
     """Loss, policy-loss metrics, entropy, trust in the rollouts, packing."""
@@ -50,7 +51,7 @@ def step_metrics(
         **{f"policy/{name}": float(combined[name]) for name in _POLICY},
         **mismatch(behaviour, rollout),
         **importance(behaviour, rollout, recipe.algo),
-        **packing(plan, [s.token_ids.numel() for s in samples], recipe),
+        **packing(plan, recipe),
     }
 
 
@@ -84,12 +85,15 @@ def importance(
     }
 
 
-def packing(plan: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int], recipe: Recipe) -> dict[str, float]:
-    """Tokens per room in the micro-batches, and per room of the fullest (ranks wait for each other)."""
-    sizes = [sum(lengths[i] for i in micro) for rank in plan for micro in rank]
+def packing(plan: StepPlan, recipe: Recipe) -> dict[str, float]:
+    """Tokens computed and those that sharing spared; tokens per room in the micro-batches, and per room of the
+    fullest (ranks wait for each other)."""
+    sizes = [size for rank in plan.tokens for size in rank]
     return {
-        "learner/micro_batches": float(len(plan[0])),
-        "learner/tokens": float(sum(sizes)),
+        "learner/micro_batches": float(len(plan.members[0])),
+        "learner/tokens": float(plan.input_tokens),
+        "learner/unique_tokens": float(sum(sizes)),
+        "learner/duplicate_tokens": float(plan.input_tokens - sum(sizes)),
         "learner/packing_efficiency": sum(sizes) / (len(sizes) * recipe.learner.micro_batch_tokens),
         "learner/balance": sum(sizes) / (len(sizes) * max(sizes)),
     }

@@ -25,7 +25,7 @@ from m2train.learner import cpu_compat
 from m2train.learner.attention import PackedRows, packed_rows
 from m2train.learner.hf import stage_entries
 from m2train.learner.hf_config import HfModel
-from m2train.learner.spec import layer_spec, use_transformer_engine
+from m2train.learner.spec import layer_spec, use_own_attention, use_transformer_engine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -72,9 +72,9 @@ class HeadRows:
     """What the head computes of a packed micro-batch."""
 
     rows: torch.Tensor
-    """int64 [M]: packed rows whose next token is scored"""
+    """int64 [M]: packed rows before each scored token; where replies part, one row has several"""
     target: torch.Tensor
-    """int64 [M]: that next token"""
+    """int64 [M]: the scored token"""
     temperature: float
     vocab_size: int
     loss: HeadLoss | None = None
@@ -173,13 +173,13 @@ def build_model(model: HfModel, recipe: Recipe) -> PolicyModel:
     with cpu_compat.cuda_names():
         policy = PolicyModel(
             config=config,
-            transformer_layer_spec=layer_spec(config),
+            transformer_layer_spec=layer_spec(config, recipe.learner.packing),
             vocab_size=model.padded_vocab(recipe.learner.tp),
             max_sequence_length=model.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
             share_embeddings_and_output_weights=model.tied,
-            position_embedding_type="rope" if use_transformer_engine() else "none",
+            position_embedding_type="none" if use_own_attention(recipe.learner.packing) else "rope",
             rotary_base=int(model.rope.theta),
             hf=model,
         )
@@ -228,9 +228,9 @@ class PolicyModel(GPTModel):
             self._logits = self.output_layer.forward
             self.output_layer.forward = self._output
 
-    def pack(self, lengths: list[int]) -> PackedRows:
-        """Packing description of sequences of these lengths."""
-        return packed_rows(lengths, self.inverse_frequencies, self.config.params_dtype)
+    def pack(self, forest: mk.TreePlan) -> PackedRows:
+        """Packing description of a micro-batch."""
+        return packed_rows(forest, self.inverse_frequencies, self.config.params_dtype)
 
     def score(self, tokens: torch.Tensor, packed: PackedRows, head: HeadRows, *, through: torch.nn.Module) -> Any:
         """Forward of `tokens [1, T]`: a HeadOutput on the last stage, hidden states before it.

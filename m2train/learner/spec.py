@@ -23,10 +23,18 @@ def use_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def layer_spec(config: TransformerConfig) -> Any:
+def use_own_attention(packing: str) -> bool:
+    """Whether ThdCoreAttention is the core attention; Transformer Engine's knows no trees."""
+    return packing == "tree" or not use_transformer_engine()
+
+
+def layer_spec(config: TransformerConfig, packing: str) -> Any:
     """The decoder's spec, final norm included."""
     if use_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        if use_own_attention(packing):
+            spec.submodules.self_attention.submodules.core_attention = ThdCoreAttention
+        return spec
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer = spec.submodules
     layer.input_layernorm = RMSNorm

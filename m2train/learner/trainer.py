@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,11 +23,12 @@ import m2kernels as mk
 from m2train.config import AlgoConfig, Recipe
 from m2train.host import trim_heap
 from m2train.learner import checkpoint, cpu_compat, optimizer_fixes
-from m2train.learner.batch import MicroBatch, TrainBatch, build_micro_batch, plan_micro_batches
+from m2train.learner.batch import TrainBatch
 from m2train.learner.hf import export_weights, import_weights
 from m2train.learner.hf_config import read_hf_config
 from m2train.learner.metrics import step_metrics
 from m2train.learner.model import DTYPES, HeadLoss, HeadOutput, HeadRows, build_model
+from m2train.learner.packing import Costs, MicroBatch, StepPlan, build_micro_batch, plan_step
 from m2train.learner.parallel import device, gather_to_first, is_scoring_rank, start_model_parallel
 from m2train.learner.schedule import learning_rate
 
@@ -86,6 +88,7 @@ class Trainer:
             self.policy.config.no_sync_func = self.ddp.no_sync  # only the last micro-batch starts a reduction
         self._spec = loss_spec(recipe.algo)
         cpu_compat.apply()  # modules that came in with DDP and the optimizer
+        self._planner = ThreadPoolExecutor(1, "plan")
         if resume is not None:
             checkpoint.load(self, resume)
 
@@ -93,18 +96,26 @@ class Trainer:
         """This rank's parameters by Megatron's names."""
         return dict(self.policy.named_parameters())
 
-    def train_step(self, batch: TrainBatch) -> StepResult:
+    def train_step(self, batch: TrainBatch, ahead: Future[StepPlan] | None = None) -> StepResult:
         """Forward, backward and one optimizer step.
+
+        Args:
+            batch: the step's samples.
+            ahead: its plan, if planning was started already.
 
         Raises:
             FloatingPointError: loss or gradient norm is not finite.
         """
         started = time.perf_counter()
+        ahead = ahead or self._plan_ahead(batch)
         self.ddp.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
+        waited = time.perf_counter()
+        plan = ahead.result()
+        waited = time.perf_counter() - waited
         with _range("forward_backward"):
-            scored, plan = self._run(batch, train=True)
+            scored = self._run(batch, plan, train=True)
         forward_done = time.perf_counter()
         rate = learning_rate(self.update, self.recipe.steps * self.recipe.algo.updates_per_step, self.recipe.learner)
         for group in self.optimizer.param_groups:
@@ -118,6 +129,8 @@ class Trainer:
         timing = {
             "learner/forward_backward_s": forward_done - started,
             "learner/optimizer_s": time.perf_counter() - forward_done,
+            "learner/plan_s": plan.seconds,
+            "learner/plan_wait_s": waited,
         }
         everything = [s for found in gather_to_first(scored, self.control) for s in found]
         if dist.get_rank() != 0:
@@ -133,20 +146,22 @@ class Trainer:
         The old log-probs of later batches are computed before the first update. The first batch is on-policy: its
         ratio is one, so it needs none.
         """
+        ahead = [self._plan_ahead(batch) for batch in batches]
         known = [batches[0]] if batches else []
-        for batch in batches[1:]:
+        for batch, plan in zip(batches[1:], ahead[1:], strict=True):
             if batch.samples[0].old_logp is None:
-                old = _share(self.logprobs(batch), self.control)
+                old = _share(self.logprobs(batch, plan), self.control)
                 samples = [replace(s, old_logp=o) for s, o in zip(batch.samples, old, strict=True)]
                 batch = replace(batch, samples=samples)
             known.append(batch)
-        return [self.train_step(batch) for batch in known]
+        return [self.train_step(batch, plan) for batch, plan in zip(known, ahead, strict=True)]
 
-    def logprobs(self, batch: TrainBatch) -> list[torch.Tensor]:
+    def logprobs(self, batch: TrainBatch, ahead: Future[StepPlan] | None = None) -> list[torch.Tensor]:
         """Log-probs of the replies under the current weights, on rank 0; [] elsewhere."""
+        plan = (ahead or self._plan_ahead(batch)).result()
         self.ddp.eval()
         with _range("logprobs"), torch.no_grad():
-            scored, _ = self._run(batch, train=False)
+            scored = self._run(batch, plan, train=False)
         everything = [s for found in gather_to_first(scored, self.control) for s in found]
         return _by_sample(batch, everything) if dist.get_rank() == 0 else []
 
@@ -175,11 +190,15 @@ class Trainer:
         if self.recipe.learner.overlap and self.update:
             self.ddp.start_param_sync(force_sync=True)
 
-    def _run(self, batch: TrainBatch, *, train: bool) -> tuple[list[Scored] | None, list[list[list[int]]]]:
-        plan = plan_micro_batches([s.token_ids.numel() for s in batch.samples], self.recipe, self.hf.hidden)
-        mine = plan[parallel_state.get_data_parallel_rank()]
+    def _plan_ahead(self, batch: TrainBatch) -> Future[StepPlan]:
+        """Start planning on a thread; the planner works outside the GIL."""
         multiple = self.recipe.learner.tp if self.policy.config.sequence_parallel else 1
-        micros = [build_micro_batch(batch, members, multiple, device()) for members in mine]
+        rank = parallel_state.get_data_parallel_rank()
+        return self._planner.submit(plan_step, batch, self.recipe, Costs.of(self.hf), rank, multiple)
+
+    def _run(self, batch: TrainBatch, plan: StepPlan, *, train: bool) -> list[Scored] | None:
+        mine = plan.members[parallel_state.get_data_parallel_rank()]
+        micros = [build_micro_batch(batch, m, f, device()) for m, f in zip(mine, plan.forests, strict=True)]
         schedule = get_forward_backward_func()
         found: list[Scored] = schedule(
             forward_step_func=partial(self._forward, batch, train),
@@ -190,7 +209,7 @@ class Trainer:
             micro_batch_size=1,
             forward_only=not train,
         )
-        return (found if is_scoring_rank() else None), plan
+        return found if is_scoring_rank() else None
 
     def _forward(self, batch: TrainBatch, train: bool, data: Iterator[tuple[int, MicroBatch]], _: Any) -> Any:
         index, micro = next(data)
@@ -211,7 +230,7 @@ class Trainer:
             vocab_size=self.hf.vocab,
             loss=loss,
         )
-        out = self.policy.score(micro.tokens, self.policy.pack(micro.lengths), head, through=self.ddp)
+        out = self.policy.score(micro.tokens, self.policy.pack(micro.forest), head, through=self.ddp)
         return out, partial(self._loss, index, micro)
 
     def _loss(self, index: int, micro: MicroBatch, out: HeadOutput) -> tuple[torch.Tensor, torch.Tensor, Scored]:
@@ -228,7 +247,7 @@ class Trainer:
             loss=float(loss.detach()),
             metrics={name: value.cpu() for name, value in out.metrics.items()},
         )
-        if not math.isfinite(scored.loss):
+        if out.loss is not None and not math.isfinite(scored.loss):
             raise FloatingPointError(f"loss is {scored.loss} in micro-batch {index} of update {self.update}")
         return loss, count, scored
 

@@ -18,6 +18,7 @@ from torch import distributed as dist
 
 from m2train.learner import optimizer_fixes
 from m2train.learner import trainer as trainer_module
+from m2train.learner.batch import TrainBatch
 from m2train.learner.hf import export_weights
 from m2train.learner.parallel import start_process_group
 from m2train.learner.trainer import Trainer
@@ -37,9 +38,13 @@ class Layout:
         return Trainer(recipe, self.folder / variant, resume)
 
     def three_steps(self, variant: str, **learner: Any) -> dict[str, Any]:
-        """Log-probs, losses and norms of three steps, and the first step's gradients under Hugging Face names."""
+        """`steps` of three batches."""
+        return self.steps(variant, [make_batch(seed) for seed in range(3)], **learner)
+
+    def steps(self, variant: str, batches: list[TrainBatch], **learner: Any) -> dict[str, Any]:
+        """Log-probs, losses and norms of a step per batch, and the first step's gradients under Hugging Face names."""
         trainer = self.trainer(variant, **learner)
-        out: dict[str, Any] = {"initial": trainer.logprobs(make_batch())}
+        out: dict[str, Any] = {"initial": trainer.logprobs(batches[0])}
         grads = self.folder / f"{self.name}_{variant}_grads.safetensors"
         step = trainer.optimizer.step
 
@@ -51,10 +56,10 @@ class Layout:
             return step()
 
         trainer.optimizer.step = keep_gradients
-        results = [trainer.train_step(make_batch(seed)) for seed in range(3)]
+        results = [trainer.train_step(batch) for batch in batches]
         out["logp"] = [r.logp for r in results]
         out["metrics"] = [r.metrics for r in results]
-        out["final"] = trainer.logprobs(make_batch())
+        out["final"] = trainer.logprobs(batches[0])
         if dist.get_rank() == 0:
             from safetensors.torch import load_file
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +85,34 @@ def make_batch(seed: int = 0, num: int = 12, *, old: bool = True) -> TrainBatch:
     return TrainBatch(samples=samples, denom=num * 16.0, temperature=0.8)
 
 
+def make_tree_batch(seed: int = 0, *, old: bool = True) -> TrainBatch:
+    """Three groups of replies behind one system prompt, two of them slices of one dialogue. Some replies begin alike,
+    two are equal, one is how another begins."""
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(0, 131, (count,), generator=g).tolist()
+
+    system, question, answer = ids(5), ids(9), ids(6)
+    slices = [system + question, system + question + answer + ids(7), system + ids(12)]
+    samples = []
+    for context in slices:
+        base = ids(11)
+        for reply in (base, base[:4] + ids(8), base[:4] + ids(3), base, base[:7], ids(10)):
+            level = -4.9 + 0.5 * torch.randn(len(reply), generator=g)
+            samples.append(
+                Sample(
+                    token_ids=torch.tensor(context + reply),
+                    loss_start=len(context),
+                    rollout_logp=level + 0.1 * torch.randn(len(reply), generator=g),
+                    advantage=float(torch.randn(1, generator=g)),
+                    seq_id=len(samples),
+                    old_logp=level if old else None,
+                )
+            )
+    return TrainBatch(samples=samples, denom=len(samples) * 16.0, temperature=0.8)
+
+
 def make_recipe(tp: int = 1, pp: int = 1, dp: int = 1, **learner: Any) -> Recipe:
     """fp32, 12 replies a step. eps = 1 makes Adam's update almost linear in the gradient: with a small eps it is the
     gradient's sign, and rounding noise of 1e-7 in a gradient near zero becomes a full step in either direction."""
@@ -106,3 +137,28 @@ def make_recipe(tp: int = 1, pp: int = 1, dp: int = 1, **learner: Any) -> Recipe
 def torchrun_environment() -> dict[str, str]:
     """One thread per rank, no torch.compile."""
     return os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+
+
+def run_ranks(worker: str, folder: Path, sizes: tuple[int, int, int], *arguments: str) -> None:
+    """`worker FOLDER TP PP DP ...` under torchrun, in a process group of its own that is ended whole when it hangs."""
+    world = sizes[0] * sizes[1] * sizes[2]
+    command = [
+        *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", f"--nproc-per-node={world}", "--nnodes=1"),
+        *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
+        *(str(Path(__file__).with_name(worker)), str(folder), *map(str, sizes), *arguments),
+    ]
+    process = subprocess.Popen(
+        command,
+        env=torchrun_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"{worker} {sizes} hung:\n{output[-3000:]}") from None
+    assert process.returncode == 0, output[-6000:]

@@ -5,9 +5,6 @@ Each layout runs once, in its own processes (layout_worker.py); the tests compar
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from safetensors.torch import load_file
 pytest.importorskip("megatron.core")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from learner_models import OVERLAPPED, VARIANTS, make_batch, torchrun_environment, write_model  # noqa: E402
+from learner_models import OVERLAPPED, VARIANTS, make_batch, run_ranks, write_model  # noqa: E402
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -32,31 +29,6 @@ LAYOUTS = {
     "tp2pp2dp1": (2, 2, 1),
 }
 OTHERS = [name for name in LAYOUTS if name != "tp1pp1dp1"]
-
-
-def run_layout(folder: Path, sizes: tuple[int, int, int]) -> None:
-    """torchrun in a process group of its own, ended whole when it takes too long."""
-    world = sizes[0] * sizes[1] * sizes[2]
-    command = [
-        *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", f"--nproc-per-node={world}", "--nnodes=1"),
-        *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
-        *(str(Path(__file__).with_name("layout_worker.py")), str(folder), *map(str, sizes)),
-    ]
-    process = subprocess.Popen(
-        command,
-        env=torchrun_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=200)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        raise AssertionError(f"layout {sizes} hung:\n{output[-3000:]}") from None
-    assert process.returncode == 0, output[-6000:]
 
 
 class Runs:
@@ -73,7 +45,7 @@ class Runs:
         if name == "tp2pp2dp1":
             self["tp1pp1dp2"]
         if name not in self._found:
-            run_layout(self.folder, LAYOUTS[name])
+            run_ranks("layout_worker.py", self.folder, LAYOUTS[name])
             self._found[name] = torch.load(self.folder / f"{name}.pt", weights_only=False)
         return self._found[name]
 

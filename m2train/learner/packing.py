@@ -1,0 +1,247 @@
+"""Packing of a step's samples into micro-batches.
+
+It is a function of the samples and the recipe alone, so every rank computes the same plan from the same file and no
+data is sent between ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+import m2kernels as mk
+from m2train.config import ConfigError, Recipe
+from m2train.learner.batch import Sample, TrainBatch
+from m2train.learner.grouping import Limit, SharedPrefixes, Unit
+from m2train.learner.hf_config import HfModel
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Work of a packed batch, in tokens' way through the linear layers."""
+
+    pair: float
+    """Of a visible (query, key) pair."""
+    row: float
+    """Of a scored row, in the head."""
+
+    @classmethod
+    def of(cls, model: HfModel) -> Costs:
+        """From FLOPs: 24 h^2 a token and layer, 4 h a pair and layer, 2 h V a scored row."""
+        return cls(1 / (6 * model.hidden), model.vocab / (12 * model.hidden * model.layers))
+
+    def __call__(self, tokens: float, pairs: float, rows: float) -> float:
+        """The sum."""
+        return tokens + self.pair * pairs + self.row * rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepPlan:
+    """How a step's samples are packed."""
+
+    members: list[list[list[int]]]
+    """[data-parallel rank][micro-batch]: sample indices. All ranks have equally many micro-batches, empty ones are
+    dummies."""
+    tokens: list[list[int]]
+    """Packed tokens of each, without padding."""
+    forests: list[mk.TreePlan]
+    """Of this rank's micro-batches; padding is a sequence of its own, the last."""
+    input_tokens: int
+    """Tokens of all samples, shared ones as often as they occur."""
+    seconds: float
+    """Spent on planning."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """Samples packed into one forest, on the learner's device."""
+
+    members: list[int]
+    """Indices into the batch's samples; empty: a dummy that carries no loss."""
+    forest: mk.TreePlan
+    tokens: torch.Tensor
+    """int64 [1, T]"""
+    rows: torch.Tensor
+    """int64 [M]: row before each scored token, members one after another; several may share a row"""
+    target: torch.Tensor
+    """int64 [M]: the scored token"""
+    seq: torch.Tensor
+    """int64 [M]: which member"""
+    advantage: torch.Tensor
+    """f32 [members]"""
+    rollout_logp: torch.Tensor
+    """f32 [M]"""
+    old_logp: torch.Tensor | None
+    """f32 [M]"""
+
+
+def plan_step(batch: TrainBatch, recipe: Recipe, costs: Costs, rank: int = 0, multiple: int = 1) -> StepPlan:
+    """Pack a batch; touches no device and no process group, so it may run on a thread.
+
+    Args:
+        batch: the step's samples.
+        recipe: learner section.
+        costs: of the model.
+        rank: this process's data-parallel rank.
+        multiple: rows of a micro-batch are padded to a multiple of it (sequence parallelism).
+
+    Raises:
+        ConfigError: `learner.micro_batches` is too small for the caps, or a sample exceeds one.
+    """
+    started = time.perf_counter()
+    members, tokens = plan_micro_batches(batch.samples, recipe, costs)
+    mine = [[batch.samples[i] for i in one] for one in members[rank]]
+    return StepPlan(
+        members=members,
+        tokens=tokens,
+        forests=[plan_forest(samples, recipe.learner.packing == "tree", multiple) for samples in mine],
+        input_tokens=sum(s.token_ids.numel() for s in batch.samples),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def plan_forest(samples: Sequence[Sample], shared: bool, multiple: int = 1) -> mk.TreePlan:
+    """One micro-batch's forest. Its number of rows is a multiple of `multiple`, and positive, by a pad sequence."""
+    sequences = [s.token_ids for s in samples]
+    keys = [0 if shared else i for i in range(len(samples))]
+    plan = mk.plan_tree(sequences, keys=keys)
+    pad = -plan.num_rows % multiple if samples else multiple
+    if not pad:
+        return plan
+    return mk.plan_tree([*sequences, torch.zeros(pad, dtype=torch.int64)], keys=[*keys, -1])
+
+
+def build_micro_batch(
+    batch: TrainBatch, members: Sequence[int], forest: mk.TreePlan, device: torch.device
+) -> MicroBatch:
+    """The tensors of a micro-batch whose forest has these samples first."""
+    samples = [batch.samples[i] for i in members]
+    empty, none = torch.empty(0, dtype=torch.float32), torch.empty(0, dtype=torch.int64)
+    rows = [forest.rows(i)[s.loss_start - 1 : -1].long() for i, s in enumerate(samples)]
+    old = [s.old_logp for s in samples if s.old_logp is not None]
+    replies = torch.tensor([s.reply_length for s in samples], dtype=torch.int64)
+    return MicroBatch(
+        members=list(members),
+        forest=forest.to(device),
+        tokens=forest.tokens.long()[None].to(device),
+        rows=torch.cat([none, *rows]).to(device),
+        target=torch.cat([none, *(s.token_ids[s.loss_start :] for s in samples)]).to(device),
+        seq=torch.repeat_interleave(replies).to(device),
+        advantage=torch.tensor([s.advantage for s in samples], dtype=torch.float32, device=device),
+        rollout_logp=torch.cat([empty, *(s.rollout_logp.float() for s in samples)]).to(device),
+        old_logp=torch.cat(old).float().to(device) if old else None,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- which go together
+
+
+def plan_micro_batches(
+    samples: Sequence[Sample], recipe: Recipe, costs: Costs
+) -> tuple[list[list[list[int]]], list[list[int]]]:
+    """`members[dp rank][micro-batch]`, and the tokens of each; bins of similar cost run at the same time.
+
+    Raises:
+        ConfigError: `learner.micro_batches` is too small for the caps, or a sample exceeds one.
+    """
+    learner = recipe.learner
+    limit = Limit(
+        # Room is kept for the pad that sequence parallelism may need.
+        learner.micro_batch_tokens - (learner.tp - 1),
+        float("inf") if learner.micro_batch_loss_rows is None else learner.micro_batch_loss_rows,
+    )
+    _check_samples(samples, limit, recipe)
+    sequences, rows = [s.token_ids for s in samples], [s.reply_length for s in samples]
+    keys = None if learner.packing == "tree" else range(len(samples))
+    prefixes = SharedPrefixes(sequences, rows, keys)
+    if learner.packing == "none":
+        bins = [[i] for i in range(len(samples))]
+    else:
+        bins = _pack(prefixes, limit, recipe, costs)
+    sizes = [prefixes.size(one) for one in bins]
+    cost = [costs(*size, sum(rows[i] for i in one)) for size, one in zip(sizes, bins, strict=True)]
+    order = sorted(range(len(bins)), key=lambda b: -cost[b])
+    members, tokens = [bins[b] for b in order], [sizes[b][0] for b in order]
+    dummies = -len(bins) % learner.dp
+    members, tokens = members + [[]] * dummies, tokens + [0] * dummies
+    ranks = range(learner.dp)
+    return [members[rank :: learner.dp] for rank in ranks], [tokens[rank :: learner.dp] for rank in ranks]
+
+
+def _check_samples(samples: Sequence[Sample], limit: Limit, recipe: Recipe) -> None:
+    learner = recipe.learner
+    longest, scored = max(s.token_ids.numel() for s in samples), max(s.reply_length for s in samples)
+    if longest > limit.tokens:
+        raise ConfigError(f"a sample has {longest} tokens; learner.micro_batch_tokens = {learner.micro_batch_tokens}")
+    if scored > limit.rows:
+        raise ConfigError(
+            f"a reply has {scored} tokens; learner.micro_batch_loss_rows = {learner.micro_batch_loss_rows}"
+        )
+
+
+def _pack(prefixes: SharedPrefixes, limit: Limit, recipe: Recipe, costs: Costs) -> list[list[int]]:
+    """As few micro-batches as fit, or the recipe's number of them; equally many on each rank, of similar cost."""
+    learner = recipe.learner
+    tokens, rows = prefixes.plan.num_rows, sum(prefixes.rows)
+    if learner.micro_batches is not None:
+        num = learner.dp * learner.micro_batches
+        bins = _best_bins(prefixes, num, limit, recipe, costs)
+        if bins is None:
+            raise ConfigError(
+                f"{tokens} tokens do not fit in learner.dp x learner.micro_batches = {num} micro-batches of "
+                f"{limit.tokens} tokens; raise learner.micro_batches or learner.micro_batch_tokens"
+            )
+        return bins
+    fewest = max(-(-tokens // int(limit.tokens)), -int(-rows // limit.rows))
+    num = -(-fewest // learner.dp) * learner.dp
+    while True:  # one sample a bin always fits
+        bins = _best_bins(prefixes, num, limit, recipe, costs)
+        if bins is not None:
+            return bins
+        num += learner.dp
+        assert num < len(prefixes.rows) + learner.dp, "one sample a micro-batch fits"
+
+
+def _best_bins(
+    prefixes: SharedPrefixes, num: int, limit: Limit, recipe: Recipe, costs: Costs
+) -> list[list[int]] | None:
+    """The cheapest of several ways to fill `num` bins; None if none is found.
+
+    Large units repeat little and balance badly, small ones the other way round: several sizes are tried. Ranks wait
+    for each other in every micro-batch.
+    """
+    dp = recipe.learner.dp
+    even = prefixes.plan.num_rows / num
+    best, best_cost = None, float("inf")
+    for size in dict.fromkeys(min(limit.tokens, even * share) for share in (float("inf"), 1.5, 1.0, 0.5, 0.25, 0.0)):
+        units = prefixes.units(Limit(size, limit.rows))
+        bins = _fill(prefixes, units, num, limit, costs)
+        if bins is None:
+            continue
+        cost = sum(sorted((_cost(prefixes, one, costs) for one in bins), reverse=True)[::dp])
+        if cost < best_cost * (1 - 1e-9):
+            best, best_cost = bins, cost
+        if num == 1 or len(units) == len(prefixes.rows):
+            break
+    return best
+
+
+def _fill(
+    prefixes: SharedPrefixes, units: list[Unit], num: int, limit: Limit, costs: Costs
+) -> list[list[int]] | None:
+    caps = [float(limit.tokens), min(limit.rows, float(sum(prefixes.rows)))]
+    weights = [[unit.tokens, unit.rows] for unit in units]
+    try:
+        bins = mk.pack_balanced(
+            [_cost(prefixes, unit.samples, costs) for unit in units], num, weights=weights, max_weights=caps
+        )
+    except ValueError:  # the caps rule it out, or no packing was found
+        return None
+    return [sorted(i for u in one for i in units[u].samples) for one in bins]
+
+
+def _cost(prefixes: SharedPrefixes, samples: Sequence[int], costs: Costs) -> float:
+    return costs(*prefixes.size(samples), sum(prefixes.rows[i] for i in samples))

@@ -1,0 +1,245 @@
+"""m2kernels.tree_attention against causal attention on each sequence by itself, in float64."""
+
+import pytest
+import torch
+from forests import dialogues, forests, replies, visible_mask
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_testing import assert_kernel
+from torch.nn import functional as F
+
+import m2kernels as mk
+from m2kernels.reference import tree_attention_ref
+
+BACKENDS = ("cpu", "torch")
+EPS = {torch.float64: 1e-14, torch.float32: 3e-7, torch.bfloat16: 1e-3, torch.float16: 1e-4}
+
+
+def rows_of(plan):
+    return [plan.rows(i) for i in range(len(plan.lengths))]
+
+
+def inputs(num, heads, dim, dtype, seed=0, size=1.0):
+    """q, k, v and the gradient of the result, as leaves of dtype."""
+    g = torch.Generator().manual_seed(seed)
+    make = lambda h: (size * torch.randn(num, h, dim, generator=g, dtype=torch.float64)).to(dtype)  # noqa: E731
+    q, k, v, d = make(heads[0]), make(heads[1]), make(heads[1]), make(heads[0]) / size
+    return [x.requires_grad_() for x in (q, k, v)], d
+
+
+def run(xs, d, plan, backend, **options):
+    out, lse = mk.tree_attention(*xs, plan, return_lse=True, backend=backend, **options)
+    return [out, lse, *torch.autograd.grad(out, xs, d, materialize_grads=True)]
+
+
+def oracle(xs, d, plan, scale):
+    wide = [x.detach().double().requires_grad_() for x in xs]
+    out, lse = tree_attention_ref(*wide, rows_of(plan), scale)
+    grads = torch.autograd.grad(out, wide, d.double(), allow_unused=True)
+    return [out, lse, *(torch.zeros_like(x) if g is None else g for x, g in zip(wide, grads, strict=True))]
+
+
+def dense(xs, d, plan, scale):
+    """torch's attention at the same dtype with the whole mask: the yardstick."""
+    leaves = [x.detach().clone().requires_grad_() for x in xs]
+    group = xs[0].shape[1] // xs[1].shape[1]
+    q, k, v = (x.transpose(0, 1) for x in leaves)
+    k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
+    mask = visible_mask(plan)
+    out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale)[0].transpose(0, 1)
+    lse = (q @ k.transpose(1, 2) * scale).masked_fill(~mask, -torch.inf).logsumexp(2).t()
+    return [out, lse, *torch.autograd.grad(out, leaves, d)]
+
+
+def assert_matches(xs, d, plan, backend, scale=None):
+    number = xs[0].shape[2] ** -0.5 if scale is None else scale
+    want, plain = oracle(xs, d, plan, number), dense(xs, d, plan, number)
+    got = run(xs, d, plan, backend, scale=scale)
+    eps = EPS[xs[0].dtype]
+    for name, mine, theirs, true in zip(("o", "lse", "dq", "dk", "dv"), got, plain, want, strict=True):
+        assert_kernel(name, mine, theirs, true, eps=eps)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize(("heads", "dim"), [((4, 2), 16), ((9, 3), 64), ((2, 2), 128), ((6, 1), 24)])
+def test_dtypes_and_heads(backend, dtype, heads, dim):
+    plan = mk.plan_tree(dialogues(2, 3, 9, 5, 2, 3) + [[1, 2], [1], []])
+    xs, d = inputs(plan.num_rows, heads, dim, dtype)
+    assert_matches(xs, d, plan, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=25, deadline=None)
+@given(case=forests(max_sequences=9, max_new=12), seed=st.integers(0, 9))
+def test_any_forest(backend, case, seed):
+    plan = mk.plan_tree(case[0], keys=case[1], block=16)
+    xs, d = inputs(plan.num_rows, (4, 2), 8, torch.float32, seed)
+    if plan.num_rows:
+        assert_matches(xs, d, plan, backend, scale=0.3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_scores(backend):
+    """|scores| to several hundred: no exponential may overflow, in the padding of a stack neither."""
+    plan = mk.plan_tree(replies(2, 6, 12, 9) + replies(1, 3, 12, 8))
+    xs, d = inputs(plan.num_rows, (4, 2), 16, torch.float32, size=12.0)
+    got = run(xs, d, plan, backend)
+    want = oracle(xs, d, plan, 0.25)
+    for name, mine, true in zip(("o", "lse", "dq", "dk", "dv"), got, want, strict=True):
+        assert_kernel(name, mine, true.float(), true, eps=1e-4)
+
+
+@pytest.mark.parametrize(
+    "sequences",
+    [dialogues(3, 5, 700, 130, 40, 90), replies(4, 16, 300, 257), dialogues(1, 40, 129, 64, 3, 20)],
+    ids=["dialogues", "replies", "deep"],
+)
+def test_large_forests_on_sampled_rows(sequences):
+    """Forward of the cpu backend on rows of thousands, against each sampled row's own path."""
+    plan = mk.plan_tree(sequences)
+    q, k, v = (x.detach() for x in inputs(plan.num_rows, (3, 1), 32, torch.float32)[0])
+    out = mk.tree_attention(q, k, v, plan, backend="cpu")
+    g = torch.Generator().manual_seed(1)
+    for i in torch.randint(0, len(sequences), (8,), generator=g).tolist():
+        path = plan.rows(i).long()
+        for place in torch.randint(0, len(path), (8,), generator=g).tolist():
+            keys = path[: place + 1]
+            p = (k[keys, 0].double() @ q[path[place]].double().t() * 32**-0.5).softmax(dim=0)
+            assert float((p.t() @ v[keys, 0].double() - out[path[place]]).abs().max()) < 1e-5
+
+
+def test_backends_agree_on_two_thousand_rows():
+    plan = mk.plan_tree(dialogues(3, 5, 300, 60, 20, 40) + replies(2, 4, 90, 48))
+    assert plan.num_rows > 2000
+    xs, d = inputs(plan.num_rows, (4, 2), 32, torch.float64)
+    for mine, theirs in zip(run(xs, d, plan, "cpu"), run(xs, d, plan, "torch"), strict=True):
+        assert float((mine - theirs).detach().abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_siblings_are_isolated_to_the_bit(backend):
+    """Other values in one reply: all rows outside it are the same to the bit, and get no gradient from it."""
+    plan = mk.plan_tree(replies(2, 4, 37, 21) + dialogues(1, 3, 20, 9, 5, 4, seed=3))
+    xs, d = inputs(plan.num_rows, (6, 2), 32, torch.float32)
+    mine = plan.rows(1)[37:].long()
+    others = torch.ones(plan.num_rows, dtype=torch.bool)
+    others[mine] = False
+    before = mk.tree_attention(*xs, plan, backend=backend)
+    noisy = []
+    for x in xs:
+        y = x.detach().clone()
+        y[mine] = 1e4 * torch.randn(y[mine].shape, generator=torch.Generator().manual_seed(7))
+        noisy.append(y.requires_grad_())
+    after = mk.tree_attention(*noisy, plan, backend=backend)
+    assert torch.equal(after[others], before[others]) and not torch.equal(after[mine], before[mine])
+    d[others] = 0.0
+    own = set(plan.rows(1).tolist())
+    for grad in torch.autograd.grad(before, xs, d):
+        leaked = [i for i in range(plan.num_rows) if i not in own and bool((grad[i] != 0).any())]
+        assert leaked == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_padding_and_in_other_trees_never_shows(backend):
+    """Rows past the plan's are not read; a tree of NaN stays alone; so does a smaller sibling, in the forward."""
+    sequences = replies(2, 3, 10, 7)
+    plan = mk.plan_tree(sequences)
+    num = plan.num_rows
+    xs, d = inputs(num + 5, (4, 2), 16, torch.float32)
+    other_tree = torch.cat([plan.rows(i) for i in (3, 4, 5)]).unique().long()
+    for x in xs:
+        x.data[num:] = torch.nan
+        x.data[other_tree] = torch.nan
+    d[num:] = torch.nan
+    got = run(xs, d, plan, backend)
+    clean = [x.detach()[:num].nan_to_num().requires_grad_() for x in xs]
+    want = run(clean, d[:num], plan, backend)
+    keep = torch.cat([plan.rows(i) for i in (0, 1, 2)]).unique().long()
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a[keep], b[keep]) and not a[num:].any()
+    reply = plan.rows(1)[10:].long()
+    poisoned = [x.detach().clone() for x in clean]
+    for x in poisoned:
+        x[reply] = torch.nan
+    out = mk.tree_attention(*poisoned, plan, backend=backend)
+    rest = [i for i in range(num) if i not in set(reply.tolist())]
+    assert torch.equal(out[rest], want[0][rest].detach()) and out[reply].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chains_are_causal_and_varlen_attention(backend):
+    sequences = [list(range(n)) for n in (40, 17, 16, 1, 33)]
+    plan = mk.plan_tree(sequences, keys=range(5))
+    (q, k, v), _ = inputs(plan.num_rows, (4, 2), 16, torch.float32)
+    out = mk.tree_attention(q, k, v, plan, backend=backend)
+    start = 0
+    for n in map(len, sequences):
+        part = [x[start : start + n].transpose(0, 1)[None] for x in (q, k, v)]
+        want = F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+        assert float((out[start : start + n] - want).abs().max()) < 1e-6
+        start += n
+
+
+@pytest.mark.parametrize(("backend", "runs"), [("cpu", 100), ("torch", 20)])
+def test_repeated_runs_are_equal_to_the_bit(backend, runs):
+    sequences = replies(2, 3, 40, 20)
+    plan = mk.plan_tree(sequences)
+    xs, d = inputs(plan.num_rows, (4, 2), 32, torch.bfloat16)
+    first = run(xs, d, plan, backend)
+    for _ in range(runs - 1):
+        again = run(xs, d, mk.plan_tree(sequences), backend)
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs_and_gradients(backend):
+    plan = mk.plan_tree(replies(1, 3, 8, 6))
+    (q, k, v), d = inputs(plan.num_rows, (4, 2), 16, torch.float32)
+    want = run([q, k, v], d, plan, backend)
+    packed = torch.cat([q, k, v], dim=1).detach().requires_grad_()
+    parts = packed.split([4, 2, 2], dim=1)
+    out = mk.tree_attention(*parts, plan, backend=backend)
+    (grad,) = torch.autograd.grad(out, packed, d.transpose(0, 2).contiguous().transpose(0, 2))
+    assert torch.equal(out, want[0]) and torch.equal(grad, torch.cat(want[2:], dim=1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_attend_to(backend):
+    plan = mk.plan_tree([])
+    xs, d = inputs(3, (2, 1), 16, torch.float32)
+    assert all(not x.any() for x in run(xs, d, plan, backend))
+    xs, d = inputs(0, (2, 1), 16, torch.float32)
+    assert mk.tree_attention(*xs, plan, backend=backend).shape == (0, 2, 16)
+
+
+def test_no_gradient_kept_without_need():
+    plan = mk.plan_tree(replies(1, 3, 8, 6))
+    (q, k, v), _ = inputs(plan.num_rows, (4, 2), 16, torch.float32)
+    with torch.no_grad():
+        assert mk.tree_attention(q, k, v, plan).grad_fn is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(3, 2)}, r"q has shape \[3, 2\]; expected \[rows, heads, head_dim\]"),
+        ({"k": torch.zeros(3, 2, 16, dtype=torch.float64)}, "k is float64; expected float32"),
+        ({"v": torch.zeros(3, 1, 16)}, "expected k and v alike"),
+        ({"q": torch.zeros(3, 3, 16)}, "3 query heads cannot share 2 KV heads"),
+        ({"q": torch.zeros(2, 4, 16), "k": torch.zeros(2, 2, 16), "v": torch.zeros(2, 2, 16)}, "q has 2 rows"),
+        ({"scale": float("nan")}, "got scale nan"),
+        ({"backend": "cuda"}, "there is no CUDA kernel for tree_attention"),
+        ({"backend": "fast"}, "got backend 'fast'"),
+    ],
+)
+def test_bad_arguments(change, message):
+    plan = mk.plan_tree([[1, 2, 3]])
+    good = {"q": torch.zeros(3, 4, 16), "k": torch.zeros(3, 2, 16), "v": torch.zeros(3, 2, 16)}
+    with pytest.raises(ValueError, match=message):
+        mk.tree_attention(**(good | change), plan=plan)
+
+
+def test_doctor_lists_it():
+    report = mk.doctor()["tree_attention"]
+    assert report["cpu"] is None and report["torch"] is None and "no CUDA kernel" in report["cuda"]

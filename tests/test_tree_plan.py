@@ -1,0 +1,259 @@
+"""m2kernels.plan_tree against tries of dicts and dense masks, its tiles against their definition."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from forests import dialogues, forests, prefix_ids, replies, visible_mask
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import m2kernels as mk
+
+
+def assert_plan(sequences, keys, plan):
+    """Every statement of TreePlan's documentation that does not need a dense mask."""
+    ids, unique = prefix_ids(sequences, keys)
+    assert plan.num_rows == unique == len(plan.position) == len(plan.subtree_end)
+    assert plan.num_input_tokens == sum(map(len, sequences)) and plan.lengths == tuple(map(len, sequences))
+    row_of = {}
+    for i, sequence in enumerate(sequences):
+        rows = plan.rows(i)
+        assert rows.dtype == torch.int32 and plan.tokens[rows].tolist() == list(sequence)
+        assert plan.position[rows].tolist() == list(range(len(sequence)))
+        for prefix, row in zip(ids[i], rows.tolist(), strict=True):
+            assert row_of.setdefault(prefix, row) == row, "equal prefixes share a row, others do not"
+    assert len(set(row_of.values())) == unique
+    assert plan.num_pairs == int((plan.position.long() + 1).sum())
+    assert_segments(sequences, plan)
+
+
+def assert_segments(sequences, plan):
+    seg = plan.segments
+    end = plan.subtree_end.numpy()
+    assert np.array_equal(seg.end[:-1], seg.start[1:]) and (seg.end > seg.start).all()
+    for s in range(len(seg.start)):
+        assert (end[seg.start[s] : seg.end[s]] == seg.subtree_end[s]).all()
+        assert plan.position[seg.start[s]] == seg.depth[s]
+        children = [c for c in range(len(seg.start)) if seg.parent[c] == s]
+        ends = sum(int(leaf) == s for leaf in seg.leaf)
+        assert len(children) > 1 or ends, "a segment ends only where paths part or a sequence ends"
+        sizes = [seg.subtree_end[c] - seg.start[c] for c in children]
+        assert sizes == sorted(sizes, reverse=True), "largest subtree first"
+        assert all(seg.depth[c] == seg.depth[s] + seg.end[s] - seg.start[s] for c in children)
+    roots = [s for s in range(len(seg.start)) if seg.parent[s] < 0]
+    first = [min(i for i in range(len(sequences)) if s in seg.path(int(seg.leaf[i]))[:1]) for s in roots]
+    assert first == sorted(first), "trees lie by their first sequence"
+
+
+def assert_tiles(plan, mask):
+    """Tile lists against a dense mask."""
+    tiles, block = plan.tiles, plan.tiles.block
+    num = -(-plan.num_rows // block)
+    part = [slice(b * block, min((b + 1) * block, plan.num_rows)) for b in range(num)]
+    some = torch.tensor([[bool(mask[q, k].any()) for k in part] for q in part]).reshape(num, num)
+    full = torch.tensor([[bool(mask[q, k].all()) for k in part] for q in part]).reshape(num, num)
+    full.fill_diagonal_(False)  # the diagonal is masked in any case
+    for b in range(num):
+        assert tiles.min_end[b] == plan.subtree_end[part[b]].min()
+        assert tiles.max_end[b] == plan.subtree_end[part[b]].max()
+        kv = tiles.forward_kv[tiles.forward_start[b] : tiles.forward_start[b + 1]].tolist()
+        masked = int(tiles.forward_full[b] - tiles.forward_start[b])
+        assert kv[0] == b and kv[1:masked] == [k for k in range(b) if some[b, k] and not full[b, k]]
+        assert kv[masked:] == full[b].nonzero()[:, 0].tolist()
+        assert list(range(b, tiles.backward_end[b])) == some[:, b].nonzero()[:, 0].tolist()
+        assert list(range(b + 1, tiles.backward_full_end[b])) == full[:, b].nonzero()[:, 0].tolist()
+    assert tiles.area == sum(
+        (q.stop - q.start) * (k.stop - k.start) for i, q in enumerate(part) for j, k in enumerate(part) if some[i, j]
+    )
+    counts = some.sum(1)[tiles.forward_order.long()]
+    assert sorted(tiles.forward_order.tolist()) == list(range(num)) and (counts.diff() <= 0).all()
+    counts = some.sum(0)[tiles.backward_order.long()]
+    assert sorted(tiles.backward_order.tolist()) == list(range(num)) and (counts.diff() <= 0).all()
+
+
+def test_hand_computed():
+    plan = mk.plan_tree([[5, 6, 1], [5, 6, 2, 3, 4], [5, 6], [9], [], [5, 6, 2, 3, 4]])
+    assert plan.tokens.tolist() == [5, 6, 2, 3, 4, 1, 9]
+    assert plan.position.tolist() == [0, 1, 2, 3, 4, 2, 0]
+    assert plan.subtree_end.tolist() == [6, 6, 5, 5, 5, 6, 7]
+    assert [plan.rows(i).tolist() for i in range(6)] == [
+        [0, 1, 5], [0, 1, 2, 3, 4], [0, 1], [6], [], [0, 1, 2, 3, 4],
+    ]  # fmt: skip
+    assert plan.segments.parent.tolist() == [-1, 0, 0, -1] and plan.segments.leaf.tolist() == [2, 1, 0, 3, -1, 1]
+    assert (plan.num_input_tokens, plan.num_rows, plan.num_pairs) == (16, 7, 19)
+    assert {t.dtype for t in (plan.tokens, plan.position, plan.subtree_end)} == {torch.int32}
+
+
+@settings(max_examples=80, deadline=None)
+@given(forests())
+def test_small_forests(case):
+    sequences, keys = case
+    plan = mk.plan_tree(sequences, keys=keys, block=16)
+    assert_plan(sequences, keys, plan)
+    mask = visible_mask(plan)
+    rows = torch.arange(plan.num_rows)
+    assert torch.equal(mask, (rows <= rows[:, None]) & (rows[:, None] < plan.subtree_end))
+    assert_tiles(plan, mask)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 64),
+    st.sampled_from([[1], [1, 2, 63], [127, 128, 129], [1, 500, 4097]]),
+    st.sampled_from([16, 128]),
+)
+def test_deep_and_long_forests(seed, depth, sizes, block):
+    """Up to 64 levels and segments of 4097 tokens; visible rows are checked on a sample."""
+    rng = np.random.default_rng(seed)
+    trunk, sequences = np.empty(0, dtype=np.int64), []
+    for _ in range(depth):
+        trunk = np.concatenate([trunk, rng.integers(0, 7, rng.choice(sizes))])
+        sequences.append(np.concatenate([trunk, rng.integers(0, 7, rng.choice(sizes))]))
+        if len(trunk) > 60_000:
+            break
+    sequences = [sequences[i] for i in rng.permutation(len(sequences))]
+    plan = mk.plan_tree(sequences, block=block)
+    if sum(map(len, sequences)) < 300_000:
+        assert_plan(sequences, None, plan)
+    for i in rng.integers(0, len(sequences), 5):
+        rows = plan.rows(int(i)).numpy()
+        for p in rng.integers(0, len(rows), 5):
+            j = np.arange(rows[p] + 1)
+            assert np.array_equal(j[plan.subtree_end.numpy()[: rows[p] + 1] > rows[p]], rows[: p + 1])
+    tiles = plan.tiles
+    for b in rng.integers(0, len(tiles.min_end), 10):  # the lemma: blocks that see something are one range
+        ends = plan.subtree_end[b * block : (b + 1) * block]
+        last = int(ends.max()) - 1
+        assert tiles.backward_end[b] == last // block + 1
+        got = tiles.forward_kv[tiles.forward_start[last // block] : tiles.forward_start[last // block + 1]]
+        assert b in got.tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(forests(), st.integers(1, 4))
+def test_backward_units_cover_the_tiles(case, max_tiles):
+    tiles = mk.plan_tree(case[0], block=16).tiles
+    units = tiles.backward_units(max_tiles).tolist()
+    lengths = [end - begin for _, begin, end, _ in units]
+    assert lengths == sorted(lengths, reverse=True) and all(0 < n <= max_tiles for n in lengths)
+    for b in range(len(tiles.min_end)):
+        mine = sorted((part, begin, end) for kv, begin, end, part in units if kv == b)
+        assert [part for part, _, _ in mine] == list(range(len(mine)))
+        assert [q for _, begin, end in mine for q in range(begin, end)] == list(range(b, tiles.backward_end[b]))
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint16, torch.int64, torch.int32, list])
+def test_every_kind_of_sequence_gives_the_same_plan(kind):
+    want = mk.plan_tree([[1, 2, 3], [1, 2], [4]])
+    make = {list: list}.get(kind)
+    if isinstance(kind, torch.dtype):
+        make = lambda s: torch.tensor(s, dtype=kind)  # noqa: E731
+    make = make or (lambda s: np.array(s, dtype=kind))
+    got = mk.plan_tree([make([1, 2, 3]), [1, 2], make([4])])
+    assert torch.equal(got.tokens, want.tokens) and torch.equal(got.subtree_end, want.subtree_end)
+
+
+def test_strided_sequences():
+    grid = np.arange(12).reshape(4, 3)
+    assert mk.plan_tree([grid[:, 1], torch.from_numpy(grid)[:, 1]]).tokens.tolist() == [1, 4, 7, 10]
+
+
+def test_nothing_to_plan():
+    for sequences in ([], [[]], [[], []]):
+        plan = mk.plan_tree(sequences)
+        assert plan.num_rows == plan.num_pairs == plan.tiles.area == 0 and plan.tile_inflation == 1.0
+        assert [plan.rows(i).numel() for i in range(len(sequences))] == [0] * len(sequences)
+        assert plan.tiles.backward_units(4).shape == (0, 4) and len(plan.gathered_kv()[0]) == 0
+        assert plan.cu_seqlens().tolist() == [0] * (len(sequences) + 1)
+
+
+def test_distinct_keys_keep_sequences_apart_and_in_order():
+    sequences = [[1, 2], [1, 2, 3], [1]]
+    plan = mk.plan_tree(sequences, keys=[("image", 1), None, "x"])
+    assert plan.tokens.tolist() == [1, 2, 1, 2, 3, 1] and plan.cu_seqlens().tolist() == [0, 2, 5, 6]
+
+
+@settings(max_examples=40, deadline=None)
+@given(forests())
+def test_exports(case):
+    sequences, keys = case
+    plan = mk.plan_tree(sequences, keys=keys)
+    index, queries, keys_end = plan.gathered_kv()
+    mask = visible_mask(plan)
+    for s in range(len(queries) - 1):
+        path = index[keys_end[s] : keys_end[s + 1]].tolist()
+        rows = range(queries[s], queries[s + 1])
+        for back, row in enumerate(reversed(rows)):  # causal from the lower right
+            assert path[: len(path) - back] == mask[row].nonzero()[:, 0].tolist()
+    assert queries[-1] == plan.num_rows
+    bound = plan.flashmask_bounds()
+    assert bound.shape == (1, 1, plan.num_rows, 1) and torch.equal(bound.flatten(), plan.subtree_end)
+
+
+def test_the_order_of_the_input_changes_no_visibility():
+    sequences = [[1, 2, 3, 4], [1, 2, 5], [1, 2], [6], [1, 2, 5, 7]]
+    want = mk.plan_tree(sequences)
+    for shuffle in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
+        got = mk.plan_tree([sequences[i] for i in shuffle])
+        assert got.num_rows == want.num_rows and got.num_pairs == want.num_pairs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sequences": [[1.5]]}, "sequence 0 is float64; expected integers"),
+        ({"sequences": [[1], [[2]]]}, "sequence 1 has shape"),
+        ({"sequences": [[1], [2**31]]}, "sequence 1 has a token id that is not an int32"),
+        ({"sequences": [[1]], "keys": []}, "got 0 keys for 1 sequences"),
+        ({"sequences": [[1]], "block": 100}, "got block 100"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        mk.plan_tree(**arguments)
+
+
+def test_bad_questions():
+    plan = mk.plan_tree([[1]])
+    for i in (-1, 1):
+        with pytest.raises(ValueError, match="expected 0 to 0"):
+            plan.rows(i)
+    with pytest.raises(ValueError, match="max_tiles 0"):
+        plan.tiles.backward_units(0)
+
+
+def test_twenty_turn_tree_has_few_wasted_tiles():
+    plan = mk.plan_tree(dialogues(8, 20, 2048, 512, 128, 1024))
+    assert plan.num_input_tokens > 2_000_000 and plan.tile_inflation <= 1.05
+
+
+def test_to_moves_every_tensor():
+    plan = mk.plan_tree(replies(2, 3, 20, 10))
+    moved = plan.to("meta")
+    for owner in (moved, moved.tiles):
+        for name in owner.__slots__:
+            value = getattr(owner, name)
+            assert not isinstance(value, torch.Tensor) or value.device.type == "meta", name
+    assert moved.segments is plan.segments
+
+
+def test_threads_plan_at_once():
+    """The GIL is released; plans made side by side equal those made alone."""
+    cases = [dialogues(2, 4, 3000, 500, 200, 100, seed) for seed in range(4)]
+    want = [mk.plan_tree(case) for case in cases]
+    got = [None] * len(cases)
+
+    def work(i):
+        for _ in range(5):
+            got[i] = mk.plan_tree(cases[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(cases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for mine, theirs in zip(got, want, strict=True):
+        assert torch.equal(mine.tokens, theirs.tokens) and torch.equal(mine.tiles.forward_kv, theirs.tiles.forward_kv)
