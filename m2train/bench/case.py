@@ -31,7 +31,7 @@ class Skip(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SlowStart:
-    """An implementation that takes seconds to get ready (a compiler): left out of the smoke suite, with a reason."""
+    """An implementation that takes seconds to get ready (a compiler, heavy imports): suite smoke skips it."""
 
     fn: Fn
 

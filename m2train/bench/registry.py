@@ -110,7 +110,7 @@ def select(specs: dict[str, CaseSpec], patterns: Sequence[str], suite: str) -> l
     """
     if suite not in SUITES:
         raise ValueError(f"got suite {suite!r}; expected one of {', '.join(SUITES)}")
-    found: dict[tuple[str, str], tuple[CaseSpec, str, Selector]] = {}
+    found: dict[tuple[str, str, Selector], tuple[CaseSpec, str, Selector]] = {}
     for pattern in patterns or ["*"]:
         selector = Selector.parse(pattern)
         hits = 0
@@ -119,7 +119,7 @@ def select(specs: dict[str, CaseSpec], patterns: Sequence[str], suite: str) -> l
                 continue
             shapes = spec.of_suite(suite) if selector.shape == "*" else list(spec.shapes)
             for shape in fnmatch.filter(shapes, selector.shape):
-                found[spec.name, shape] = (spec, shape, selector)
+                found[spec.name, shape, selector] = (spec, shape, selector)
                 hits += 1
         if not hits:
             names = ", ".join(f"{s.name} ({', '.join(s.shapes)})" for s in specs.values())
@@ -143,7 +143,7 @@ def split_impls(case: Case, selector: Selector, suite: str) -> tuple[list[str], 
         if isinstance(impl, Skip):
             skipped[name] = str(impl)
         elif isinstance(impl, SlowStart) and suite == "smoke" and selector.impl == "*":
-            skipped[name] = "takes seconds to compile: left out of suite smoke (name it to run it)"
+            skipped[name] = "takes seconds to get ready: left out of suite smoke (name it to run it)"
         else:
             runnable.append(name)
     return runnable, skipped
