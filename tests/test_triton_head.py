@@ -142,9 +142,6 @@ def test_why_triton_cannot_run():
     assert triton_head_reason(hidden, torch.float32) is None
     assert "multiple of 8" in triton_head_reason(hidden, torch.bfloat16)
     assert "float64" in triton_head_reason(hidden, torch.float64)
-    assert (
-        triton_head_reason(hidden.to("meta"), torch.float32)
-        == "TRITON_INTERPRET=1 takes CPU tensors; these are on meta"
-    )
+    assert triton_head_reason(hidden.to("meta"), torch.float32) == "TRITON_INTERPRET=1 takes CPU tensors; these are on meta"
     with pytest.raises(ValueError, match="'triton' cannot run: hidden has 20 columns"):
         mk.linear_logprob(hidden.bfloat16(), hidden.bfloat16(), torch.zeros(3, dtype=int), backend="triton")

@@ -60,7 +60,9 @@ _HALF = GemmConfig(
 GEMM_CONFIGS = {
     torch.bfloat16: _HALF,
     torch.float16: replace(_HALF, shift=10.0),
-    torch.float32: replace(_HALF, block_n=128, block_k=32, precision="tf32x3", num_stages=2),
+    torch.float32: replace(
+        _HALF, block_n=128, block_k=32, precision="tf32x3", num_stages=2
+    ),
 }
 ROW_CONFIG = {"BLOCK_ROWS": 8, "TILES": 4, "num_warps": 4}
 
@@ -190,7 +192,9 @@ def grad_launch(
     else:
         args = (*args, rows.entropy, grad_logp, grad_entropy)
     args = (*args, num_rows, cols, settings.num_valid, source.stride(0), dz.stride(0), inv_temp, settings.softcap)
-    return Launch(kernel=kernels.head_backward_kernel, grid=_row_grid(num_rows, cols), args=args, meta=ROW_CONFIG)
+    return Launch(
+        kernel=kernels.head_backward_kernel, grid=_row_grid(num_rows, cols), args=args, meta=ROW_CONFIG
+    )
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -270,6 +274,8 @@ class TritonLogits:
         """Gradient of the logits, into `out` (the logits themselves: in place) or a new tensor."""
         out = torch.empty_like(logits) if out is None else out
         grads = (grad_logp.contiguous(), _dense(grad_entropy))
-        launch = grad_launch(logits, out, target.contiguous(), settings, z_target, None, _dense_rows(rows), *grads)
+        launch = grad_launch(
+            logits, out, target.contiguous(), settings, z_target, None, _dense_rows(rows), *grads
+        )
         launch.run(logits.device)
         return out

@@ -121,15 +121,7 @@ def _load(ptr, i, live):  # noqa: ANN001, ANN202
 
 @triton.jit
 def _policy_term(  # noqa: ANN202
-    ratio,
-    log_ratio,
-    weight,
-    advantage,
-    logp,
-    clip_low,
-    clip_high,
-    dual_clip,
-    KIND: tl.constexpr,  # noqa: ANN001
+    ratio, log_ratio, weight, advantage, logp, clip_low, clip_high, dual_clip, KIND: tl.constexpr  # noqa: ANN001
 ):
     """The clipped objective, its slopes through the ratio and beside it, and where each clip acted."""
     low = 1.0 - clip_low
@@ -381,9 +373,7 @@ def finish_kernel(
 
 
 @triton.jit
-def scale_kernel(
-    grad_ptr, logp_ptr, logp_out_ptr, num_logp, entropy_ptr, entropy_out_ptr, num_entropy, BLOCK: tl.constexpr
-):  # noqa: ANN001, ANN202, E501
+def scale_kernel(grad_ptr, logp_ptr, logp_out_ptr, num_logp, entropy_ptr, entropy_out_ptr, num_entropy, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, E501
     """Both gradients times the upstream one, which is read on the device."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     grad = tl.load(grad_ptr)
