@@ -134,23 +134,29 @@ def test_a_reply_over_the_row_cap_is_named() -> None:
 # ------------------------------------------------------------------------------------------------- training runs
 
 QUICK = ((1, 1, 1), 3)
-LONG = (((1, 1, 1), 20), ((2, 2, 1), 20), ((1, 1, 2), 5))
+LONG = (
+    ((1, 1, 1), 20, ("llama", "qwen3")),
+    ((2, 2, 1), 20, ("llama",)),
+    ((2, 2, 1), 20, ("qwen3",)),
+    ((1, 1, 2), 5, ("llama",)),
+)
 
 
 def train(folder: Path, sizes: tuple[int, int, int], steps: int, variants: tuple[str, ...]) -> dict[str, Any]:
     for variant in variants:
         write_model(folder / variant, variant)
-    run_ranks("tree_worker.py", folder, sizes, str(steps), *variants)
+    run_ranks("tree_worker.py", folder, sizes, str(steps), *variants, limit_s=500.0)
     name = "tree_tp{}pp{}dp{}.pt".format(*sizes)
     found: dict[str, Any] = torch.load(folder / name, weights_only=False)
     return found
 
 
 def assert_same_training(got: dict[str, Any], want: dict[str, Any]) -> None:
-    """Gradients of the first step within 1e-6 of each tensor's largest; losses 1e-5 and norms 1e-4, relative."""
+    """Gradients of the first step within 1e-6, and 4e-6 of each tensor's largest; losses 1e-5 and norms 1e-4,
+    relative; log-probs 1e-5."""
     for name, grad in want["grads"].items():
-        gap = float((got["grads"][name] - grad).abs().max()) / float(grad.abs().max())
-        assert gap < 2e-6, (name, gap)
+        gap = float((got["grads"][name] - grad).abs().max())
+        assert gap < min(1e-6, 4e-6 * float(grad.abs().max())), (name, gap)
     for mine, theirs in zip(got["metrics"], want["metrics"], strict=True):
         assert mine["policy/loss"] == pytest.approx(theirs["policy/loss"], rel=1e-5, abs=1e-6)
         assert mine["learner/grad_norm"] == pytest.approx(theirs["learner/grad_norm"], rel=1e-4)
@@ -172,16 +178,18 @@ def assert_packings_agree(found: dict[str, Any]) -> None:
         assert abs(apart["policy/loss"]) > 1e-3 and apart["policy/clip_frac_high"] > 0.01, "a trivial case"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(520)
 def test_three_steps_are_the_same_in_every_packing(tmp_path: Path) -> None:
     assert_packings_agree(train(tmp_path, *QUICK, ("qwen3",)))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("sizes", "steps"), LONG)
-def test_twenty_steps_are_the_same_in_every_packing(tmp_path: Path, sizes: tuple[int, int, int], steps: int) -> None:
-    assert_packings_agree(train(tmp_path, sizes, steps, ("llama", "qwen3")))
+@pytest.mark.timeout(520)
+@pytest.mark.parametrize(("sizes", "steps", "variants"), LONG)
+def test_long_runs_are_the_same_in_every_packing(
+    tmp_path: Path, sizes: tuple[int, int, int], steps: int, variants: tuple[str, ...]
+) -> None:
+    assert_packings_agree(train(tmp_path, sizes, steps, variants))
 
 
 def test_the_batch_shares_what_it_says() -> None:

@@ -139,7 +139,9 @@ def torchrun_environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 
 
-def run_ranks(worker: str, folder: Path, sizes: tuple[int, int, int], *arguments: str) -> None:
+def run_ranks(
+    worker: str, folder: Path, sizes: tuple[int, int, int], *arguments: str, limit_s: float = 200.0
+) -> None:
     """`worker FOLDER TP PP DP ...` under torchrun, in a process group of its own that is ended whole when it hangs."""
     world = sizes[0] * sizes[1] * sizes[2]
     command = [
@@ -156,7 +158,7 @@ def run_ranks(worker: str, folder: Path, sizes: tuple[int, int, int], *arguments
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
