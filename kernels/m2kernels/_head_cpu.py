@@ -101,6 +101,23 @@ class CpuHead(HeadKernels):
         _ops.head_lanes(logits, narrow, target, *columns, *_dense(rows, grad_logp, grad_entropy), live)
         return logits.view(dtype)[:, : target.shape[0] if live is None else live.shape[0]].t()
 
+    def hidden_grad(self, dz: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See :meth:`HeadKernels.hidden_grad`; torch's GEMM is as fast for bfloat16."""
+        if dz.dtype != torch.float32 or weight.shape[1] % _LANES:
+            return super().hidden_grad(dz, weight)
+        out = dz.new_empty(dz.shape[0], weight.shape[1]) if weight.shape[0] else dz.new_zeros(dz.shape[0], weight.shape[1])
+        _ops.head_dx(dz.t(), weight, out)
+        return out
+
+    def weight_grad(
+        self, dz: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor, *, first: bool, scale: float
+    ) -> None:
+        """See :meth:`HeadKernels.weight_grad`."""
+        if dz.dtype != torch.float32 or total.stride(1) != 1 or hidden.shape[1] % _LANES:
+            super().weight_grad(dz, hidden, total, first=first, scale=scale)
+            return
+        _ops.head_dw(dz.t(), hidden if scale == 1.0 else hidden * scale, total, not first)
+
     def merge(self, stats: TileStats) -> RowStats:
         """See :meth:`HeadKernels.merge`."""
         moment = None if stats.moment is None else stats.moment.contiguous()
