@@ -27,7 +27,9 @@ def assert_case(case, backend, fn=mk.linear_logprob, eps=1e-7, **kwargs):
     assert got.logp.dtype == got.entropy.dtype == torch.float32
     assert_kernel("logp", got.logp, plain.logp, want.logp, eps=eps)
     assert_kernel("entropy", got.entropy, plain.entropy, want.entropy, eps=eps)
-    for name, mine, torchs, exact in zip(("hidden", "weight", "bias"), got.grads, plain.grads, want.grads):
+    for name, mine, torchs, exact in zip(
+        ("hidden", "weight", "bias"), got.grads, plain.grads, want.grads, strict=False
+    ):
         assert mine.dtype == torchs.dtype, name
         assert_kernel(f"grad of {name}", mine, torchs, exact, eps=eps)
     return got
@@ -124,9 +126,7 @@ def test_no_rows_and_one_row(backend):
     case = make_case(bias=True)
     leaves, options = case.leaves()
     options["rows"] = torch.empty(0, dtype=torch.int32)
-    out = mk.linear_logprob(
-        *leaves[:2], torch.empty(0, dtype=torch.int32), entropy=True, backend=backend, **options
-    )
+    out = mk.linear_logprob(*leaves[:2], torch.empty(0, dtype=torch.int32), entropy=True, backend=backend, **options)
     assert out.logp.shape == out.entropy.shape == (0,)
     for grad in torch.autograd.grad(out.logp.sum() + out.entropy.sum(), leaves):
         assert not grad.any()
@@ -225,7 +225,13 @@ def test_forward_is_the_same_to_the_bit_in_any_batch(dtype):
 
     whole = run(slice(None))
     g = torch.Generator().manual_seed(0)
-    for pick in (slice(0, 1), slice(3, 20), slice(50, 70), torch.randperm(70, generator=g), torch.randint(70, (131,))):
+    for pick in (
+        slice(0, 1),
+        slice(3, 20),
+        slice(50, 70),
+        torch.randperm(70, generator=g),
+        torch.randint(70, (131,)),
+    ):
         part = run(pick)
         assert torch.equal(part.logp, whole.logp[pick]) and torch.equal(part.entropy, whole.entropy[pick])
     for chunk_bytes in (1, 5000 * 4 * 48, 1 << 30):
@@ -312,9 +318,9 @@ def test_logprob_of_logits(backend, dtype):
     if unsupported_reason(backend, torch.empty(0), dtype) is not None:
         pytest.skip(unsupported_reason(backend, torch.empty(0), dtype))
     g = torch.Generator().manual_seed(2)
-    logits = (torch.randn(9, 777, generator=g) * 9 + 1000 * (dtype == torch.float32)).to(dtype)
-    target, t = torch.randint(0, 777, (9,), generator=g).int(), torch.rand(9, generator=g) + 0.5
-    up = torch.randn(2, 9, generator=g)
+    logits = (torch.randn(90, 777, generator=g) * 9 + 1000 * (dtype == torch.float32)).to(dtype)
+    target, t = torch.randint(0, 777, (90,), generator=g).int(), torch.rand(90, generator=g) + 0.5
+    up = torch.randn(2, 90, generator=g)
     up[:, 4] = 0
 
     def run(fn, x, temperature):
@@ -327,7 +333,7 @@ def test_logprob_of_logits(backend, dtype):
         log_p = (x if x.dtype == torch.float64 else x.float()).div(temperature[:, None]).log_softmax(-1)
         return log_p.gather(1, target[:, None].long())[:, 0], -(log_p.exp() * log_p).sum(-1)
 
-    wide = torch.zeros(9, 1554, dtype=dtype)
+    wide = torch.zeros(90, 1554, dtype=dtype)
     wide[:, ::2] = logits
     for x in (logits, wide[:, ::2]):
         got = run(lambda a, b: mk.logprob(a, target, temperature=b, entropy=True, backend=backend), x, t)
@@ -365,7 +371,9 @@ def test_opcheck(backend, requires_grad):
     if not requires_grad:
         stats = [torch.rand(37) for _ in range(4)]
         bwd = (case.grad_logp, None, stats[0], torch.empty(0), *stats[1:3], *args, [True, False, True])
-        torch.library.opcheck(torch.ops.m2kernels.linear_logprob_bwd, bwd, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            torch.ops.m2kernels.linear_logprob_bwd, bwd, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 def test_opcheck_of_the_row_kernels():
@@ -379,6 +387,8 @@ def test_opcheck_of_the_row_kernels():
     torch.library.opcheck(ops.head_merge, (torch.rand(5), *new))
     rows = [torch.rand(5) for _ in range(6)]
     torch.library.opcheck(ops.head_grad, (logits, torch.zeros(5, 200), *settings, *rows))
+    torch.library.opcheck(ops.head_dx, (torch.randn(200, 5), torch.randn(200, 16), torch.zeros(5, 16)))
+    torch.library.opcheck(ops.head_dw, (torch.randn(200, 5), torch.randn(5, 16), torch.zeros(200, 16), True))
     torch.library.opcheck(ops.head_lanes, (kept, False, *settings, *rows, torch.tensor([1, 3])))
 
 

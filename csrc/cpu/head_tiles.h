@@ -182,7 +182,7 @@ M2K_INLINE void measure_group(const HeadGemm& a, int64_t tile, int count, int64_
     top = x > top ? x : top;
   }
   const F16 anchor = top == kNone ? F16{} : top;
-  constexpr int kChains = 4;
+  constexpr int kChains = 8;  // short sums are exact sums
   F16 sum[kChains] = {}, weighted[kChains] = {};
   for (int first = 0; first < count; first += kChains) {
     for (int c = 0; c < kChains; ++c) {
@@ -196,8 +196,14 @@ M2K_INLINE void measure_group(const HeadGemm& a, int64_t tile, int count, int64_
   }
   const int64_t at = tile * a.stride + lane;
   *(F16u*)(a.top + at) = top;
-  *(F16u*)(a.total + at) = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  if (kMoment) *(F16u*)(a.moment + at) = (weighted[0] + weighted[1]) + (weighted[2] + weighted[3]);
+  for (int half = kChains / 2; half > 0; half /= 2) {
+    for (int c = 0; c < half; ++c) {
+      sum[c] += sum[c + half];
+      weighted[c] += weighted[c + half];
+    }
+  }
+  *(F16u*)(a.total + at) = sum[0];
+  if (kMoment) *(F16u*)(a.moment + at) = weighted[0];
 }
 
 template <class Gemm, int kNumGroups>

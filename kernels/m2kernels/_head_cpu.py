@@ -10,11 +10,26 @@ from typing import Any
 import torch
 
 from m2kernels._head_kernels import HeadKernels, HeadSettings, RowStats, TileStats
+from m2kernels._native import CPU_ERROR
 
 _ops = torch.ops.m2kernels
 
 
 _LANES = 16
+
+
+def _writes(*args: Any) -> None:
+    """Fake of the ops that write into their caller's tensors."""
+
+
+def _merge_fake(z_target: torch.Tensor, *args: Any) -> torch.Tensor:
+    return z_target.new_empty(4, z_target.shape[0])
+
+
+if CPU_ERROR is None:
+    for _name in ("head_tiles", "head_lanes", "head_dx", "head_dw", "head_stats", "head_grad"):
+        torch.library.register_fake(f"m2kernels::{_name}", _writes)
+    torch.library.register_fake("m2kernels::head_merge", _merge_fake)
 
 
 def _columns(settings: HeadSettings) -> tuple[Any, ...]:
@@ -105,7 +120,11 @@ class CpuHead(HeadKernels):
         """See :meth:`HeadKernels.hidden_grad`; torch's GEMM is as fast for bfloat16."""
         if dz.dtype != torch.float32 or weight.shape[1] % _LANES:
             return super().hidden_grad(dz, weight)
-        out = dz.new_empty(dz.shape[0], weight.shape[1]) if weight.shape[0] else dz.new_zeros(dz.shape[0], weight.shape[1])
+        out = (
+            dz.new_empty(dz.shape[0], weight.shape[1])
+            if weight.shape[0]
+            else dz.new_zeros(dz.shape[0], weight.shape[1])
+        )
         _ops.head_dx(dz.t(), weight, out)
         return out
 
