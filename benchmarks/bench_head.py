@@ -262,7 +262,8 @@ def run(shape: str, dtype: str, rounds: int, names: list[str] | None) -> None:
             seconds[name].append(time.perf_counter() - start)
     gemm = 6 * len(x.rows) * depth * vocab / 1e9
     print(
-        f"\n{shape} {dtype}: D={depth} V={vocab} rows={count} selected={len(x.rows)} threads={torch.get_num_threads()}"
+        f"\n{shape} {dtype}: D={depth} V={vocab} rows={count} selected={len(x.rows)} "
+        f"threads={torch.get_num_threads()}"
     )
     print(f"{'':<14} {'time / ours':>12} {'ms':>9} {'GF/s':>7} {'MiB':>8} {'of eager':>9}")
     for name, times in seconds.items():
@@ -270,7 +271,8 @@ def run(shape: str, dtype: str, rounds: int, names: list[str] | None) -> None:
         middle = statistics.median(times)
         share = f"{memory[name] / memory['eager']:.1%}" if memory.get("eager") else "-"
         print(
-            f"{name:<14} {ratio:>12.2f} {middle * 1e3:>9.1f} {gemm / middle:>7.0f} {memory[name] / 2**20:>8.0f} {share:>9}"
+            f"{name:<14} {ratio:>12.2f} {middle * 1e3:>9.1f} {gemm / middle:>7.0f} "
+            f"{memory[name] / 2**20:>8.0f} {share:>9}"
         )
     for name, why in missing.items():
         print(f"{name:<14} not run: {why}")

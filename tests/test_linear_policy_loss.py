@@ -112,7 +112,9 @@ def test_equals_the_two_ops(backend, spec, on_policy):
     loss, grads, want = run(leaves, case, spec, two_ops, backend=backend, upstream=3.0)
     for chunk_bytes in (1, TINY, 1 << 26):
         got_loss, got, out = run(leaves, case, spec, backend=backend, chunk_bytes=chunk_bytes, upstream=3.0)
-        torch.testing.assert_close(got_loss, loss, rtol=1e-6, atol=1e-7)
+        # The torch backend's logits depend on the chunk.
+        close = {"rtol": 1e-6, "atol": 1e-7} if backend == "cpu" else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(got_loss, loss, **close)
         for a, b in zip(got, grads, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6 * float(b.abs().max()))
         assert out.metrics.keys() == want.metrics.keys()
@@ -176,13 +178,12 @@ def test_frozen_weight_and_no_grad(backend):
     spec = mk.LossSpec(entropy_coef=0.1)
     want_loss, want, _ = run(leaves, case, spec, backend=backend)
     hidden, weight = leaves
-    out = mk.linear_policy_loss(
-        hidden, weight.detach(), denom=7.0, spec=spec, backend=backend, **for_spec(case, spec)
-    )
+    options = {"denom": 7.0, "spec": spec, "backend": backend, **for_spec(case, spec)}
+    out = mk.linear_policy_loss(hidden, weight.detach(), **options)
     (got,) = torch.autograd.grad(out.loss, [hidden])
     assert torch.equal(got, want[0])
     with torch.no_grad():
-        out = mk.linear_policy_loss(hidden, weight, denom=7.0, spec=spec, backend=backend, **for_spec(case, spec))
+        out = mk.linear_policy_loss(hidden, weight, **options)
     assert out.loss.grad_fn is None and torch.equal(out.loss, want_loss)
 
 
