@@ -29,6 +29,12 @@ using HeadTilesFn = void (*)(const HeadGemm&, float* scratch, int64_t begin, int
 // Rows [begin, end) of the vocabulary.
 using HeadLanesFn = void (*)(const HeadLaneGrad&, int64_t begin, int64_t end);
 
+// Blocks [begin, end) of the work of a gradient's GEMM.
+using HeadProductFn = void (*)(const HeadProduct&, int64_t begin, int64_t end);
+
+constexpr int64_t kProductLanes = 48;  // columns of a block of dX and dW
+constexpr int64_t kProductRows = 256;  // rows of a block of dX
+
 struct CpuKernels {
   const char* name;
   PolicyBlockFn policy_block;
@@ -37,6 +43,8 @@ struct CpuKernels {
   HeadGradFn head_grad;
   HeadTilesFn head_tiles;
   HeadLanesFn head_lanes;
+  HeadProductFn head_dx;  // blocks: of rows, for each of columns
+  HeadProductFn head_dw;  // blocks: tiles of the vocabulary
 };
 
 extern const CpuKernels kBaselineKernels;
@@ -63,6 +71,8 @@ void head_tiles_cpu(const HeadGemm& gemm, bool dot);
 // Lanes `live` [lanes] of kept logits (null: the first `lanes`) -> their gradient, in place.
 void head_lanes_cpu(HeadLaneGrad grad, const HeadLogits& rows, const HeadGradArgs& args,
                     const int64_t* live, int64_t lanes);
+void head_dx_cpu(const HeadProduct& product);
+void head_dw_cpu(const HeadProduct& product);
 void head_stats_cpu(const HeadLogits& logits, const HeadTileOut& out);
 void head_grad_cpu(const HeadLogits& logits, const HeadGradArgs& args);
 // z_target [rows], tiles [rows, tiles.count] -> out: log_norm, log_norm_low, logp, entropy, each

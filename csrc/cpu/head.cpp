@@ -161,6 +161,17 @@ void head_lanes_cpu(HeadLaneGrad grad, const HeadLogits& rows, const HeadGradArg
   }
 }
 
+void head_dx_cpu(const HeadProduct& p) {
+  const int64_t blocks = (p.rows + kProductRows - 1) / kProductRows *
+                         ((p.depth + kProductLanes - 1) / kProductLanes);
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t b, int64_t e) { cpu_kernels().head_dx(p, b, e); });
+}
+
+void head_dw_cpu(const HeadProduct& p) {
+  const int64_t tiles = (p.vocab + kHeadTile - 1) / kHeadTile;
+  torch::stable::parallel_for(0, tiles, 1, [&](int64_t b, int64_t e) { cpu_kernels().head_dw(p, b, e); });
+}
+
 void head_stats_cpu(const HeadLogits& logits, const HeadTileOut& out) {
   const CpuKernels& kernels = cpu_kernels();
   torch::stable::parallel_for(0, logits.rows, row_grain(logits.columns), [&](int64_t b, int64_t e) {

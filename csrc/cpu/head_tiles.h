@@ -38,32 +38,46 @@ struct alignas(64) Block {
   float z[kHeadTile * kBlockLanes];
 };
 
+// out[m] (+)= sum over k of w[m][k w_step] h[g][k h_step], for kWeights rows and some groups of lanes.
+template <int kNumGroups>
+M2K_INLINE void products(const float* const* w, int64_t w_step, const float* h, int64_t h_step,
+                         int64_t group_stride, int64_t count, bool add, float* const* out) {
+  F16 sum[kWeights][kNumGroups] = {};
+  const float* rows[kWeights];
+  for (int m = 0; m < kWeights; ++m) rows[m] = w[m];
+  for (int64_t k = 0; k < count; ++k) {
+    F16 x[kNumGroups];
+#pragma GCC unroll 8
+    for (int g = 0; g < kNumGroups; ++g) x[g] = *(const F16u*)(h + g * group_stride + k * h_step);
+#pragma GCC unroll 16
+    for (int m = 0; m < kWeights; ++m) {
+      const float weight = rows[m][k * w_step];
+#pragma GCC unroll 8
+      for (int g = 0; g < kNumGroups; ++g) sum[m][g] += x[g] * weight;
+    }
+  }
+  for (int m = 0; m < kWeights; ++m) {
+    for (int g = 0; g < kNumGroups; ++g) {
+      F16u* to = (F16u*)(out[m] + g * kVector);
+      *to = add ? *to + sum[m][g] : sum[m][g];
+    }
+  }
+}
+
 struct FloatGemm {
   using Element = float;
 
   template <int kNumGroups>
   static M2K_INLINE void multiply(const float* const* w, const float* h, int64_t group_stride,
                                   int64_t begin, int64_t end, float* z) {
-    F16 sum[kWeights][kNumGroups] = {};
-    const float* rows[kWeights];
-    for (int m = 0; m < kWeights; ++m) rows[m] = w[m];
-    for (int64_t k = begin; k < end; ++k) {
-      F16 x[kNumGroups];
-#pragma GCC unroll 8
-      for (int g = 0; g < kNumGroups; ++g) x[g] = *(const F16*)(h + g * group_stride + k * kVector);
-#pragma GCC unroll 16
-      for (int m = 0; m < kWeights; ++m) {
-        const float weight = rows[m][k];
-#pragma GCC unroll 8
-        for (int g = 0; g < kNumGroups; ++g) sum[m][g] += x[g] * weight;
-      }
-    }
+    const float* from[kWeights];
+    float* to[kWeights];
     for (int m = 0; m < kWeights; ++m) {
-      for (int g = 0; g < kNumGroups; ++g) {
-        F16* to = (F16*)(z + m * kBlockLanes + g * kVector);
-        *to = begin > 0 ? *to + sum[m][g] : sum[m][g];
-      }
+      from[m] = w[m] + begin;
+      to[m] = z + m * kBlockLanes;
     }
+    products<kNumGroups>(from, 1, h + begin * kVector, kVector, group_stride, end - begin,
+                         begin > 0, to);
   }
 };
 
@@ -168,7 +182,7 @@ M2K_INLINE void measure_group(const HeadGemm& a, int64_t tile, int count, int64_
     top = x > top ? x : top;
   }
   const F16 anchor = top == kNone ? F16{} : top;
-  constexpr int kChains = 4;
+  constexpr int kChains = 8;  // short sums are exact sums
   F16 sum[kChains] = {}, weighted[kChains] = {};
   for (int first = 0; first < count; first += kChains) {
     for (int c = 0; c < kChains; ++c) {
@@ -182,8 +196,14 @@ M2K_INLINE void measure_group(const HeadGemm& a, int64_t tile, int count, int64_
   }
   const int64_t at = tile * a.stride + lane;
   *(F16u*)(a.top + at) = top;
-  *(F16u*)(a.total + at) = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  if (kMoment) *(F16u*)(a.moment + at) = (weighted[0] + weighted[1]) + (weighted[2] + weighted[3]);
+  for (int half = kChains / 2; half > 0; half /= 2) {
+    for (int c = 0; c < half; ++c) {
+      sum[c] += sum[c + half];
+      weighted[c] += weighted[c + half];
+    }
+  }
+  *(F16u*)(a.total + at) = sum[0];
+  if (kMoment) *(F16u*)(a.moment + at) = weighted[0];
 }
 
 template <class Gemm, int kNumGroups>

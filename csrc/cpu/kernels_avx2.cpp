@@ -3,8 +3,10 @@
 
 #include "head_rows.h"
 #include "head_tiles.h"
+#include "head_products.h"
 
 namespace m2k {
 const CpuKernels kAvx2Kernels = {"avx2", policy_block, head_stats,
-                                    head_merge, head_grad, head_tiles, head_lanes};
+                                    head_merge, head_grad, head_tiles, head_lanes,
+                                    head_dx, head_dw};
 }  // namespace m2k

@@ -193,6 +193,44 @@ void head_lanes_op(const Tensor& kept, bool out_bf16, const Tensor& target,
   if (count > 0) head_lanes_cpu(a, rows, g, picked, count);
 }
 
+// A float matrix with dense rows.
+void check_rows(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns &&
+                      t.scalar_type() == ScalarType::Float && (columns < 2 || t.stride(1) == 1),
+                  name, ": expected a float32 matrix [", rows, ", ", columns, "] with dense rows");
+}
+
+HeadProduct head_product(const Tensor& dz, const Tensor& other, const Tensor& out, bool add) {
+  HeadProduct p;
+  p.vocab = dz.size(0);
+  p.rows = dz.size(1);
+  p.depth = other.size(1);
+  STD_TORCH_CHECK(p.depth % 16 == 0, "depth: expected a multiple of 16, got ", p.depth);
+  check_rows("dz", dz, p.vocab, p.rows);
+  p.dz = static_cast<const float*>(dz.const_data_ptr());
+  p.dz_stride = dz.stride(0);
+  p.other = static_cast<const float*>(other.const_data_ptr());
+  p.other_stride = other.stride(0);
+  p.out = static_cast<float*>(out.mutable_data_ptr());
+  p.out_stride = out.stride(0);
+  p.add = add;
+  return p;
+}
+
+void head_dx_op(const Tensor& dz, const Tensor& weight, const Tensor& out) {
+  const HeadProduct p = head_product(dz, weight, out, false);
+  check_rows("weight", weight, p.vocab, p.depth);
+  check_rows("out", out, p.rows, p.depth);
+  if (p.rows > 0 && p.vocab > 0) head_dx_cpu(p);
+}
+
+void head_dw_op(const Tensor& dz, const Tensor& hidden, const Tensor& out, bool add) {
+  const HeadProduct p = head_product(dz, hidden, out, add);
+  check_rows("hidden", hidden, p.rows, p.depth);
+  check_rows("out", out, p.vocab, p.depth);
+  if (p.rows > 0 && p.vocab > 0) head_dw_cpu(p);
+}
+
 Tensor head_merge_op(const Tensor& z_target, const Tensor& top, const Tensor& total,
                      const MaybeTensor& moment) {
   const int64_t rows = z_target.numel();

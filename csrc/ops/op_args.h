@@ -168,6 +168,20 @@ struct HeadLaneGrad {
   bool out_bf16;
 };
 
+// GEMMs of the head's gradients, in float: dX = dz^T W and dW = dz X, with dz [vocab, rows].
+struct HeadProduct {
+  const float* dz;
+  int64_t dz_stride;
+  int64_t vocab;
+  int64_t rows;
+  int64_t depth;       // a multiple of 16
+  const float* other;  // W [vocab, depth], or X [rows, depth]
+  int64_t other_stride;
+  float* out;  // dX [rows, depth], or dW [vocab, depth]
+  int64_t out_stride;
+  bool add;  // to what `out` holds
+};
+
 struct HeadGradArgs {
   const float* log_norm;      // [rows], with log_norm_low the log-sum-exp
   const float* log_norm_low;  // [rows]

@@ -55,6 +55,8 @@ STABLE_TORCH_LIBRARY(m2kernels, m) {
       "Tensor? inv_temperatures, float inv_temperature, float softcap, int num_valid, "
       "Tensor log_norm, Tensor log_norm_low, Tensor logp, Tensor? entropy, Tensor grad_logp, "
       "Tensor? grad_entropy, Tensor? live) -> ()");
+  m.def("head_dx(Tensor dz, Tensor weight, Tensor(a!) out) -> ()");
+  m.def("head_dw(Tensor dz, Tensor hidden, Tensor(a!) out, bool add) -> ()");
   m.def("head_merge(Tensor z_target, Tensor top, Tensor total, Tensor? moment) -> Tensor");
   m.def(
       "head_grad(Tensor logits, Tensor(a!) out, Tensor target, Tensor? bias, "
@@ -69,6 +71,8 @@ STABLE_TORCH_LIBRARY_IMPL(m2kernels, CPU, m) {
   m.impl("head_stats", TORCH_BOX(&m2k::head_stats_op));
   m.impl("head_tiles", TORCH_BOX(&m2k::head_tiles_op));
   m.impl("head_lanes", TORCH_BOX(&m2k::head_lanes_op));
+  m.impl("head_dx", TORCH_BOX(&m2k::head_dx_op));
+  m.impl("head_dw", TORCH_BOX(&m2k::head_dw_op));
   m.impl("head_merge", TORCH_BOX(&m2k::head_merge_op));
   m.impl("head_grad", TORCH_BOX(&m2k::head_grad_op));
   m.impl("cpu_isa", TORCH_BOX(&m2k::cpu_isa));

@@ -1,14 +1,15 @@
 """m2kernels: fused operations for training language models with reinforcement learning.
 
 Every op takes ``backend="auto"`` and accepts int32 or int64 integer tensors. ``torch`` is the
-readable reference, ``cpu`` and ``cuda`` are the C++ kernels. :func:`doctor` says which of them
-this machine can run, and why not.
+readable reference, ``cpu`` and ``cuda`` are the C++ kernels, ``triton`` the LM head's on a GPU.
+:func:`doctor` says which of them this machine can run, and why not.
 """
 
 from m2kernels.doctor import doctor
 from m2kernels.group_advantage import group_advantage
 from m2kernels.linear_logprob import LogProb, linear_logprob
 from m2kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
+from m2kernels.logprob import logprob
 from m2kernels.metrics import combine_metrics
 from m2kernels.pack_balanced import pack_balanced
 from m2kernels.plan_tree import TreePlan, plan_tree
@@ -26,6 +27,7 @@ __all__ = [
     "group_advantage",
     "linear_logprob",
     "linear_policy_loss",
+    "logprob",
     "pack_balanced",
     "plan_tree",
     "policy_loss",

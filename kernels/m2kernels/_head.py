@@ -25,8 +25,6 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 """Default budget of one chunk's logits, by device: enough rows for full GEMM speed, small beside a
 model. The argument ``chunk_bytes`` overrides it; results of the forward do not depend on it."""
 
-_GRAD_BLOCK_BYTES = 32 << 20  # of a low-precision product on its way into a float32 sum
-
 HEAD_SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? rows, Tensor? temperatures, "
     "float temperature, float? softcap, int? vocab_size, int vocab_start, str? group, str backend, "
@@ -263,7 +261,7 @@ class HeadGrads:
     def add(self, dz: torch.Tensor, chunk_hidden: torch.Tensor, positions: slice | torch.Tensor) -> None:
         """Add a chunk: dz [C, Vl] and hidden [C, D], rows `positions` of the problem's hidden."""
         if self.to_hidden is not None:
-            part = torch.mm(dz, self.head.weight).float()
+            part = self.head.kernels.hidden_grad(dz, self.head.weight).float()
             if isinstance(positions, slice):
                 self.to_hidden[positions] += part
             elif part.is_cuda:  # index_add adds in any order there
@@ -273,24 +271,10 @@ class HeadGrads:
         if self.to_bias is not None:
             self.to_bias += dz.sum(dim=0, dtype=torch.float32)
         if self.weight:
-            self._add_weight(dz, chunk_hidden)
-
-    def _add_weight(self, dz: torch.Tensor, hidden: torch.Tensor) -> None:
-        first = self.to_weight is None
-        if self.to_weight is None:
-            self.to_weight = dz.new_empty(dz.shape[1], hidden.shape[1], dtype=self.dtype)
-        total = self.to_weight
-        if total.dtype == dz.dtype:
-            total.addmm_(dz.t(), hidden, beta=0.0 if first else 1.0, alpha=self.scale)
-            return
-        step = max(_GRAD_BLOCK_BYTES // (hidden.shape[1] * 4), 1)
-        for start in range(0, dz.shape[1], step):
-            block, part = dz[:, start : start + step].t(), total[start : start + step]
-            product = torch.mm(block, hidden, out_dtype=torch.float32) if dz.is_cuda else torch.mm(block, hidden)
-            if first:
-                part.copy_(product)
-            else:
-                part.add_(product, alpha=self.scale)
+            first = self.to_weight is None
+            if self.to_weight is None:
+                self.to_weight = dz.new_empty(dz.shape[1], chunk_hidden.shape[1], dtype=self.dtype)
+            self.head.kernels.weight_grad(dz, chunk_hidden, self.to_weight, first=first, scale=self.scale)
 
     def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """(d hidden, d weight, d bias): float32, but a single chunk's weight; None where not wanted."""

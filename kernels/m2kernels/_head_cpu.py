@@ -10,11 +10,26 @@ from typing import Any
 import torch
 
 from m2kernels._head_kernels import HeadKernels, HeadSettings, RowStats, TileStats
+from m2kernels._native import CPU_ERROR
 
 _ops = torch.ops.m2kernels
 
 
 _LANES = 16
+
+
+def _writes(*args: Any) -> None:
+    """Fake of the ops that write into their caller's tensors."""
+
+
+def _merge_fake(z_target: torch.Tensor, *args: Any) -> torch.Tensor:
+    return z_target.new_empty(4, z_target.shape[0])
+
+
+if CPU_ERROR is None:
+    for _name in ("head_tiles", "head_lanes", "head_dx", "head_dw", "head_stats", "head_grad"):
+        torch.library.register_fake(f"m2kernels::{_name}", _writes)
+    torch.library.register_fake("m2kernels::head_merge", _merge_fake)
 
 
 def _columns(settings: HeadSettings) -> tuple[Any, ...]:
@@ -100,6 +115,27 @@ class CpuHead(HeadKernels):
         narrow = dtype == torch.bfloat16
         _ops.head_lanes(logits, narrow, target, *columns, *_dense(rows, grad_logp, grad_entropy), live)
         return logits.view(dtype)[:, : target.shape[0] if live is None else live.shape[0]].t()
+
+    def hidden_grad(self, dz: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See :meth:`HeadKernels.hidden_grad`; torch's GEMM is as fast for bfloat16."""
+        if dz.dtype != torch.float32 or weight.shape[1] % _LANES:
+            return super().hidden_grad(dz, weight)
+        out = (
+            dz.new_empty(dz.shape[0], weight.shape[1])
+            if weight.shape[0]
+            else dz.new_zeros(dz.shape[0], weight.shape[1])
+        )
+        _ops.head_dx(dz.t(), weight, out)
+        return out
+
+    def weight_grad(
+        self, dz: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor, *, first: bool, scale: float
+    ) -> None:
+        """See :meth:`HeadKernels.weight_grad`."""
+        if dz.dtype != torch.float32 or total.stride(1) != 1 or hidden.shape[1] % _LANES:
+            super().weight_grad(dz, hidden, total, first=first, scale=scale)
+            return
+        _ops.head_dw(dz.t(), hidden if scale == 1.0 else hidden * scale, total, not first)
 
     def merge(self, stats: TileStats) -> RowStats:
         """See :meth:`HeadKernels.merge`."""

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+_GRAD_BLOCK_BYTES = 32 << 20  # of a low-precision product on its way into a float32 sum
+_DEPTH_BLOCK = 2048  # vocabulary entries summed in one GEMM
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadSettings:
@@ -167,6 +170,53 @@ class HeadKernels:
             if to != row:
                 dz[to].copy_(dz[row])
         return dz[: live.numel()]
+
+    def hidden_grad(self, dz: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """dz [L, Vl] of :meth:`grad_rows` and weight [Vl, D] of one dtype -> [L, D], float32 or that dtype."""
+        if dz.is_cuda or dz.dtype != torch.float32:
+            return torch.mm(dz, weight)
+        # A BLAS may add a whole vocabulary in one chain, which costs a digit: sums of blocks.
+        total = dz.new_zeros(dz.shape[0], weight.shape[1])
+        for part, rows in zip(dz.split(_DEPTH_BLOCK, dim=1), weight.split(_DEPTH_BLOCK), strict=True):
+            total += torch.mm(part, rows)
+        return total
+
+    def weight_grad(
+        self, dz: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor, *, first: bool, scale: float
+    ) -> None:
+        """total [Vl, D] = dz^T hidden if `first` (then scale is 1), else it is added, times `scale`.
+
+        `total` is float32, or of the dtype of dz.
+        """
+        if total.dtype == dz.dtype:
+            total.addmm_(dz.t(), hidden, beta=0.0 if first else 1.0, alpha=scale)
+            return
+        step = max(_GRAD_BLOCK_BYTES // (hidden.shape[1] * 4), 1)
+        for start in range(0, dz.shape[1], step):
+            block, part = dz[:, start : start + step].t(), total[start : start + step]
+            product = torch.mm(block, hidden, out_dtype=torch.float32) if dz.is_cuda else torch.mm(block, hidden)
+            if first:
+                part.copy_(product)
+            else:
+                part.add_(product, alpha=scale)
+
+    def tile_stats(
+        self, logits: torch.Tensor, target: torch.Tensor, settings: HeadSettings, *, entropy: bool
+    ) -> TileStats:
+        """Statistics of logits [C, Vl], rows dense, that a caller brings; only for the op logprob."""
+        raise NotImplementedError
+
+    def logits_grad(
+        self,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        settings: HeadSettings,
+        rows: RowStats,
+        grad_logp: torch.Tensor,
+        grad_entropy: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """d loss / d logits, a new tensor of their dtype; only for the op logprob."""
+        raise NotImplementedError
 
     def logit_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of a kept logit, when the GEMM's inputs are of `dtype`."""

@@ -88,7 +88,8 @@ class TorchHead(HeadKernels):
             return TileStats(z.new_zeros(rows), empty, empty, empty if entropy else None)
         own = z.gather(1, column)
         z.scatter_(1, column, torch.where(held, -torch.inf, own))
-        z = F.pad(z, (0, -width % self.tile), value=-torch.inf).view(rows, -1, self.tile)
+        tiles = -(-width // self.tile)
+        z = F.pad(z, (0, tiles * self.tile - width), value=-torch.inf).view(rows, tiles, self.tile)
         top = z.amax(dim=2)
         # A tile without a column has nothing to subtract: -inf - -inf would be NaN.
         below = z - torch.where(top == -torch.inf, 0, top)[:, :, None]
@@ -115,18 +116,17 @@ class TorchHead(HeadKernels):
         p = below.exp()
         g = grad_logp[:, None]
         slope = -g * p
+        if slope.shape[1]:
+            # At the target 1 - p is -expm1(logp): exact for confident tokens too.
+            at = target.clamp(min=0)[:, None]
+            held = (target >= 0)[:, None]
+            slope.scatter_(1, at, torch.where(held, -g * torch.expm1(rows.logp)[:, None], slope.gather(1, at)))
         if grad_entropy is not None:
             assert rows.entropy is not None
             ge = grad_entropy[:, None]
             # Where p is 0 its logarithm may be -inf; p log p is 0 there.
             spread = torch.where(p == 0, 0, p * (below + rows.entropy[:, None]))
             slope = torch.where(ge == 0, slope, slope - ge * spread)
-        held = (target >= 0)[:, None]
-        if slope.shape[1]:
-            # At the target 1 - p is -expm1(logp): exact for confident tokens too.
-            at = target.clamp(min=0)[:, None]
-            exact = g * (p.gather(1, at) - torch.expm1(rows.logp)[:, None])
-            slope.scatter_add_(1, at, torch.where(held, exact, 0))
         slope = slope * _inverse(settings)
         if settings.softcap is not None:
             slope = slope * (1 - (capped / settings.softcap).square())

@@ -5,8 +5,17 @@ import importlib.util
 
 from m2kernels import _native
 from m2kernels._backend import BACKENDS
+from m2kernels._head import HEAD_BACKENDS
 
-TENSOR_OPS = ("group_advantage", "policy_loss", "tree_attention")
+OPS = {
+    "group_advantage": BACKENDS,
+    "policy_loss": BACKENDS,
+    "linear_logprob": HEAD_BACKENDS,
+    "linear_policy_loss": HEAD_BACKENDS,
+    "tree_attention": BACKENDS,
+    "logprob": ("cpu", "torch"),
+}
+"""The tensor ops, and the backends that each one has."""
 
 
 def doctor() -> dict[str, dict[str, str | None]]:
@@ -17,9 +26,9 @@ def doctor() -> dict[str, dict[str, str | None]]:
         version. All plain strings and None: ``json.dumps`` takes it as it is.
     """
     report: dict[str, dict[str, str | None]] = {}
-    for op in TENSOR_OPS:
+    for op, backends in OPS.items():
         reason = importlib.import_module(f"m2kernels.{op}").unsupported_reason
-        report[op] = {backend: reason(backend) for backend in BACKENDS}
+        report[op] = {backend: reason(backend) for backend in backends}
     planner = importlib.util.find_spec("m2kernels._planner")
     report["pack_balanced"] = {"cpu": None if planner else "_planner is not installed"}
     report["plan_tree"] = {"cpu": None if planner else "_planner is not installed"}

@@ -275,7 +275,13 @@ def _fwd(*args: Any) -> tuple[torch.Tensor, ...]:
     out, grads = _fused(problem, terms, tuple(needs), _Target())
     given = to_inputs(grads, args[:3])
     stats = torch.stack(tuple(out.metrics[key] for key in RAW_METRICS + FINAL_METRICS))
-    return out.loss, out.logp, out.entropy, stats, *(out.logp.new_empty(0) if g is None else g for g in given)
+    return (
+        out.loss,
+        out.logp.clone(),
+        out.entropy.clone(),
+        stats,
+        *(out.logp.new_empty(0) if g is None else g for g in given),
+    )
 
 
 @_fwd.register_fake

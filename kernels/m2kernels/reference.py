@@ -5,7 +5,7 @@ All take float64 tensors on the CPU, and are differentiable by autograd where th
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -135,3 +135,64 @@ def tree_attention_ref(
     o = torch.stack([out.get(i, nothing) for i in rest]) if len(q) else q
     sums = torch.stack([lse.get(i, nothing[:, 0]) for i in rest]) if len(q) else q[..., 0]
     return o, sums
+
+
+def linear_logprob_ref(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    rows: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Oracle of :func:`m2kernels.linear_logprob`: float64 hidden, weight, bias -> (logp, entropy) [M]."""
+    logps, entropies = [], []
+    for i in range(len(target)):
+        row = i if rows is None else int(rows[i])
+        z = weight[:vocab_size] @ hidden[row]
+        if bias is not None:
+            z = z + bias[:vocab_size]
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+        z = z / (temperature[i].double() if isinstance(temperature, torch.Tensor) else temperature)
+        log_p = z - torch.logsumexp(z, dim=0)
+        logps.append(log_p[int(target[i])])
+        entropies.append(-(log_p.exp() * log_p).sum())
+    if not logps:
+        nothing = hidden.new_zeros(0)
+        return nothing, nothing
+    return torch.stack(logps), torch.stack(entropies)
+
+
+def linear_policy_loss_ref(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    old_logp: torch.Tensor | None,
+    advantage: torch.Tensor,
+    seq: torch.Tensor,
+    *,
+    denom: float,
+    spec: "LossSpec",
+    per_token: bool = False,
+    rollout_logp: torch.Tensor | None = None,
+    ref_logp: torch.Tensor | None = None,
+    **head: Any,
+) -> torch.Tensor:
+    """Oracle of :func:`m2kernels.linear_policy_loss`: the two oracles, one after the other."""
+    logp, entropy = linear_logprob_ref(hidden, weight, target, **head)
+    return policy_loss_ref(
+        logp,
+        old_logp,
+        advantage,
+        seq,
+        denom=denom,
+        spec=spec,
+        per_token=per_token,
+        entropy=entropy,
+        rollout_logp=rollout_logp,
+        ref_logp=ref_logp,
+    )

@@ -1,0 +1,119 @@
+"""The part of tests/dist/test_head_tp.py that runs on four ranks: `torchrun head_worker.py FOLDER`.
+
+The same head is run over groups of 1, 2 and 4 ranks, with shards that begin at multiples of the tile
+and with shards that cut tiles. Rank 0 writes whole tensors to FOLDER/head.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+import m2kernels as mk
+
+ROWS, DEPTH, PADDED, VOCAB, HIDDEN = 61, 24, 1536, 1290, 40
+CUTS = {
+    "tp1": [0, PADDED],
+    "tp2": [0, 768, PADDED],
+    "tp4": [0, 384, 768, 1152, PADDED],
+    "tp2 uneven": [0, 333, PADDED],
+    "tp4 uneven": [0, 100, 777, 1300, PADDED],  # the last shard is padding alone
+    "tp4 aligned, of unequal widths": [0, 128, 640, 1280, PADDED],
+}
+
+
+def inputs(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The whole head, the same on all ranks; some targets have p ~ e^-40, some are nearly certain."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(HIDDEN, DEPTH, generator=g)
+    weight = torch.randn(PADDED, DEPTH, generator=g)
+    return {
+        "hidden": hidden.to(dtype),
+        "weight": weight.to(dtype),
+        "bias": torch.randn(PADDED, generator=g),
+        "target": torch.randint(0, VOCAB, (ROWS,), generator=g),
+        "rows": torch.randint(0, HIDDEN, (ROWS,), generator=g),
+        "temperature": torch.rand(ROWS, generator=g) + 0.5,
+        "grad": torch.randn(2, ROWS, generator=g),
+        "advantage": torch.randn(6, generator=g),
+        "noise": torch.randn(ROWS, generator=g) * 0.2,
+        "seq": torch.arange(ROWS) // 11,
+    }
+
+
+def gathered(parts: torch.Tensor, group: dist.ProcessGroup, cuts: list[int]) -> torch.Tensor:
+    """Shards of different lengths -> the whole."""
+    found = [torch.zeros(b - a, *parts.shape[1:], dtype=parts.dtype) for a, b in zip(cuts, cuts[1:], strict=False)]
+    widest = max(len(x) for x in found)
+    padded = torch.zeros(widest, *parts.shape[1:], dtype=parts.dtype)
+    padded[: len(parts)] = parts
+    everything = [torch.empty_like(padded) for _ in found]
+    dist.all_gather(everything, padded, group=group)
+    return torch.cat([x[: len(f)] for x, f in zip(everything, found, strict=True)])
+
+
+def run(x: dict[str, torch.Tensor], cuts: list[int], group: dist.ProcessGroup, backend: str) -> dict[str, Any]:
+    """Every head op over this group."""
+    rank = dist.get_rank(group)
+    mine = slice(cuts[rank], cuts[rank + 1])
+    common = {"tp_group": group, "vocab_start": cuts[rank], "backend": backend}
+    head = {**common, "rows": x["rows"], "temperature": x["temperature"], "vocab_size": VOCAB, "chunk_bytes": 1}
+    out: dict[str, Any] = {}
+
+    def leaves() -> list[torch.Tensor]:
+        return [t.clone().requires_grad_() for t in (x["hidden"], x["weight"][mine], x["bias"][mine])]
+
+    def gradients(name: str, grads: tuple[torch.Tensor, ...]) -> None:
+        to_hidden = grads[0].float()
+        dist.all_reduce(to_hidden, group=group)
+        out[f"{name} hidden"] = to_hidden
+        out[f"{name} weight"] = gathered(grads[1], group, cuts)
+        out[f"{name} bias"] = gathered(grads[2], group, cuts)
+
+    hidden, weight, bias = leaves()
+    lp = mk.linear_logprob(hidden, weight, x["target"], bias=bias, entropy=True, **head)
+    out["logp"], out["entropy"] = lp.logp.detach(), lp.entropy.detach()
+    gradients("logprob", torch.autograd.grad(list(lp[:2]), [hidden, weight, bias], list(x["grad"])))
+
+    hidden, weight, bias = leaves()
+    main_grad = torch.zeros(weight.shape)
+    loss = mk.linear_policy_loss(
+        hidden, weight, x["target"], lp.logp.detach() + x["noise"], x["advantage"], x["seq"], denom=9.0, bias=bias,
+        main_grad=main_grad, grad_scale=3.0, **head,
+    )  # fmt: skip
+    (loss.loss * 3.0).backward()
+    out["loss"], out["policy logp"] = loss.loss.detach(), loss.logp
+    gradients("policy", (hidden.grad, main_grad, bias.grad))
+
+    logits = (x["hidden"][x["rows"]].float() @ x["weight"][mine].float().T).requires_grad_()
+    found = mk.logprob(logits, x["target"], entropy=True, **common)
+    found.logp.sum().backward()
+    out["of logits"], out["grad of logits"] = found.logp.detach(), gathered(logits.grad.T.contiguous(), group, cuts)
+    return out
+
+
+def main(folder: Path) -> None:
+    """Run every layout for float32 and bfloat16; the torch backend at TP 2 alone."""
+    dist.init_process_group("gloo")
+    groups = {size: None for size in (1, 2, 4)}
+    for size in groups:
+        for first in range(0, 4, size):
+            group = dist.new_group(list(range(first, first + size)))
+            if first <= dist.get_rank() < first + size:
+                groups[size] = group
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, cuts in CUTS.items():
+            results[name, dtype] = run(inputs(dtype), cuts, groups[len(cuts) - 1], "cpu")
+    results["torch", torch.float32] = run(inputs(torch.float32), CUTS["tp2"], groups[2], "torch")
+    if dist.get_rank() == 0:
+        torch.save(results, folder / "head.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
