@@ -1,0 +1,273 @@
+"""Triton kernels of the LM head: what a program computes. Launches are in ``_head_triton.py``.
+
+Everything is about z = softcap(raw) * inv_temperature, raw = h . w + bias, one row a token and one
+column a vocabulary id. The row statistics are kept per *tile* of :data:`TILE` ids, so that shards
+cut at a multiple of it (Megatron pads its vocabulary that way) give the same tiles, bit for bit.
+
+``anchor`` is what z is measured from in a tile: its largest z, so that E = exp(z - anchor) is in
+[0, 1]; ``SHIFT`` lowers it, so that E spends the exponents of float16 too. The target's column is
+left out of every sum: log p = -log1p(sum of exp(z - z_target)) then loses nothing to cancellation.
+"""
+
+import triton
+import triton.language as tl
+
+TILE: tl.constexpr = tl.constexpr(128)
+"""Vocabulary ids per tile of the statistics."""
+
+
+@triton.jit
+def _tile_position(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):  # noqa: ANN001, ANN202
+    """Walk GROUP_M rows of tiles together, so that a wave of programs shares both operands in L2."""
+    group_size = GROUP_M * tiles_n
+    first = (index // group_size) * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    inside = index % group_size
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def _scaled(raw, inv_temp, softcap):  # noqa: ANN001, ANN202
+    """raw -> z. tanh by exp: its error is a fraction of softcap, 1e-7, wherever raw is."""
+    if softcap is not None:
+        raw = softcap * (1.0 - 2.0 / (tl.exp(raw * (2.0 / softcap)) + 1.0))
+    return raw * inv_temp
+
+
+@triton.jit
+def _statistics(z, col, target, num_valid, SHIFT: tl.constexpr, ENTROPY: tl.constexpr, AXIS: tl.constexpr):  # noqa: ANN001, ANN202, E501
+    """z, col, target of one or several tiles, broadcastable -> z of the target, anchor, sum, moment, E.
+
+    Reductions are along AXIS, which keeps length 1.
+    """
+    inf = float("inf")
+    z = tl.where(col < num_valid, z, -inf)
+    hit = col == target
+    z_target = tl.sum(tl.where(hit, z, 0.0), AXIS, keep_dims=True)
+    z = tl.where(hit, -inf, z)
+    top = tl.max(z, AXIS, keep_dims=True)
+    anchor = tl.where(top == -inf, 0.0, top - SHIFT)
+    above = z - anchor
+    e = tl.exp(above)
+    total = tl.sum(e, AXIS, keep_dims=True)
+    moment = total
+    if ENTROPY:
+        moment = tl.sum(tl.where(e == 0.0, 0.0, above * e), AXIS, keep_dims=True)
+    return z_target, tl.where(top == -inf, -inf, anchor), total, moment, e
+
+
+@triton.jit
+def _store_statistics(  # noqa: ANN202
+    at, inside, row, owns, z_target, anchor, total, moment,  # noqa: ANN001
+    z_target_ptr, anchor_ptr, total_ptr, moment_ptr,  # noqa: ANN001
+):  # fmt: skip
+    """The partial sums are stored tile by tile, [num_tiles, num_rows]: rows are contiguous."""
+    tl.store(anchor_ptr + at, anchor, mask=inside)
+    tl.store(total_ptr + at, total, mask=inside)
+    if moment_ptr is not None:
+        tl.store(moment_ptr + at, moment, mask=inside)
+    # One tile alone holds a row's target: no atomics, and no order to depend on.
+    tl.store(z_target_ptr + row, z_target, mask=owns)
+
+
+@triton.jit
+def _finish_tile(  # noqa: ANN202
+    acc, row, tile, target, kept, bias_ptr, row_temp_ptr, z_target_ptr, anchor_ptr, total_ptr, moment_ptr,  # noqa: ANN001
+    num_rows, num_cols, num_valid, inv_temp, softcap, first_row, SHIFT: tl.constexpr,  # noqa: ANN001
+):  # fmt: skip
+    """One tile of products [BLOCK_M, TILE] -> its statistics, and E."""
+    col = tile * TILE + tl.arange(0, TILE)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + col, mask=col < num_cols, other=0.0).to(tl.float32)[None, :]
+    if row_temp_ptr is not None:
+        z = _scaled(acc, tl.load(row_temp_ptr + row, mask=row < num_rows, other=0.0)[:, None], softcap)
+    else:
+        z = _scaled(acc, inv_temp, softcap)
+    z_target, anchor, total, moment, e = _statistics(
+        z, col[None, :], target[:, None], num_valid, SHIFT, moment_ptr is not None, 1
+    )
+    if kept is not None:
+        kept.store([first_row, tile * TILE], e.to(kept.dtype))
+    inside = (row < num_rows)[:, None] & (tile * TILE < num_cols)
+    owns = inside & (target >= tile * TILE)[:, None] & (target < tile * TILE + TILE)[:, None]
+    _store_statistics(
+        tile * num_rows + row[:, None], inside, row[:, None], owns, z_target, anchor, total, moment,
+        z_target_ptr, anchor_ptr, total_ptr, moment_ptr,
+    )  # fmt: skip
+
+
+@triton.jit
+def head_forward_kernel(
+    hidden,  # descriptor [num_rows, dim], block [BLOCK_M, BLOCK_K]
+    weight,  # descriptor [num_cols, dim], block [BLOCK_N, BLOCK_K]
+    kept,  # descriptor [num_rows, num_cols], block [BLOCK_M, TILE]; None: E is not kept
+    bias_ptr,  # [num_cols] or None
+    row_temp_ptr,  # f32 [num_rows] or None
+    target_ptr,  # int [num_rows], -1: not here
+    z_target_ptr,  # f32 [num_rows]
+    anchor_ptr,  # f32 [num_tiles, num_rows], and so total, moment (None: not wanted)
+    total_ptr,
+    moment_ptr,
+    num_rows,
+    num_cols,
+    num_valid,
+    dim,
+    inv_temp,
+    softcap,  # None: off
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # noqa: ANN202
+    """Persistent GEMM; the logits live in registers only. One K order, whatever the batch.
+
+    The two tiles of a wide block are finished one after the other: both at once would spill.
+    """
+    tl.static_assert(BLOCK_N == TILE or BLOCK_N == 2 * TILE)
+    tiles_m = tl.cdiv(num_rows, BLOCK_M)
+    tiles_n = tl.cdiv(num_cols, BLOCK_N)
+    steps = tl.cdiv(dim, BLOCK_K)
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        m, n = _tile_position(index, tiles_m, tiles_n, GROUP_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for step in range(steps):
+            a = hidden.load([m * BLOCK_M, step * BLOCK_K])
+            b = weight.load([n * BLOCK_N, step * BLOCK_K])
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        row = m * BLOCK_M + tl.arange(0, BLOCK_M)
+        target = tl.load(target_ptr + row, mask=row < num_rows, other=-1).to(tl.int32)
+        if BLOCK_N == TILE:
+            _finish_tile(
+                acc, row, n, target, kept, bias_ptr, row_temp_ptr, z_target_ptr, anchor_ptr, total_ptr,
+                moment_ptr, num_rows, num_cols, num_valid, inv_temp, softcap, m * BLOCK_M, SHIFT,
+            )  # fmt: skip
+        else:
+            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, TILE)), (0, 2, 1)))
+            _finish_tile(
+                left, row, 2 * n, target, kept, bias_ptr, row_temp_ptr, z_target_ptr, anchor_ptr, total_ptr,
+                moment_ptr, num_rows, num_cols, num_valid, inv_temp, softcap, m * BLOCK_M, SHIFT,
+            )  # fmt: skip
+            _finish_tile(
+                right, row, 2 * n + 1, target, kept, bias_ptr, row_temp_ptr, z_target_ptr, anchor_ptr,
+                total_ptr, moment_ptr, num_rows, num_cols, num_valid, inv_temp, softcap, m * BLOCK_M, SHIFT,
+            )  # fmt: skip
+
+
+@triton.jit
+def logits_forward_kernel(
+    logits_ptr,  # [num_rows, num_cols], rows `stride` apart
+    row_temp_ptr,
+    target_ptr,
+    z_target_ptr,
+    anchor_ptr,
+    total_ptr,
+    moment_ptr,
+    num_rows,
+    num_cols,
+    num_valid,
+    stride,
+    inv_temp,
+    softcap,
+    BLOCK_ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):  # noqa: ANN202
+    """The same statistics of logits that exist already: one pass over them."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
+    col = tile[None, :, None] * TILE + tl.arange(0, TILE)[None, None, :]
+    live = row < num_rows
+    at = row.to(tl.int64)[:, None, None] * stride + col
+    z = tl.load(logits_ptr + at, mask=live[:, None, None] & (col < num_cols), other=0.0).to(tl.float32)
+    if row_temp_ptr is not None:
+        z = _scaled(z, tl.load(row_temp_ptr + row, mask=live, other=0.0)[:, None, None], softcap)
+    else:
+        z = _scaled(z, inv_temp, softcap)
+    target = tl.load(target_ptr + row, mask=live, other=-1).to(tl.int32)
+    z_target, anchor, total, moment, _ = _statistics(
+        z, col, target[:, None, None], num_valid, 0.0, moment_ptr is not None, 2
+    )
+    first = tl.program_id(1) * TILES * TILE
+    owns = live & (target >= first) & (target < first + TILES * TILE)
+    tile_at = (tile[None, :] * num_rows + row[:, None])[:, :, None]
+    inside = (live[:, None] & (tile * TILE < num_cols)[None, :])[:, :, None]
+    _store_statistics(
+        tile_at, inside, row[:, None, None], owns[:, None, None], tl.sum(z_target, 1, keep_dims=True),
+        anchor, total, moment, z_target_ptr, anchor_ptr, total_ptr, moment_ptr,
+    )  # fmt: skip
+
+
+@triton.jit
+def head_backward_kernel(
+    source_ptr,  # E [num_rows, num_cols] of head_forward_kernel, or logits (anchor_ptr None)
+    dz_ptr,  # like source; may be the same memory
+    row_temp_ptr,
+    target_ptr,
+    z_target_ptr,
+    anchor_ptr,  # f32 [num_tiles, num_rows], or None: source holds logits
+    log_norm_ptr,  # f32 [num_rows], and so logp, entropy, both gradients
+    logp_ptr,
+    entropy_ptr,
+    grad_logp_ptr,
+    grad_entropy_ptr,  # None: no gradient through the entropy
+    num_rows,
+    num_cols,
+    num_valid,
+    stride,
+    dz_stride,
+    inv_temp,
+    softcap,
+    BLOCK_ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):  # noqa: ANN202
+    """d loss / d raw: inv_temperature * slope * (g (onehot - p) - g_entropy p (log p + entropy))."""
+    inf = float("inf")
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
+    col = tile[None, :, None] * TILE + tl.arange(0, TILE)[None, None, :]
+    live = row < num_rows
+    inside = live[:, None, None] & (col < num_cols)
+    at = row.to(tl.int64)[:, None, None] * stride + col
+    source = tl.load(source_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if row_temp_ptr is not None:
+        scale = tl.load(row_temp_ptr + row, mask=live, other=1.0)
+    else:
+        scale = tl.full((BLOCK_ROWS,), inv_temp, tl.float32)
+    target = tl.load(target_ptr + row, mask=live, other=-1).to(tl.int32)
+    logp = tl.load(logp_ptr + row, mask=live, other=0.0)
+    log_norm = tl.load(log_norm_ptr + row, mask=live, other=0.0)
+    grad = tl.load(grad_logp_ptr + row, mask=live, other=0.0)
+    hit = col == target[:, None, None]
+    if anchor_ptr is not None:
+        tile_at = tile[None, :] * num_rows + row[:, None]
+        tile_inside = (tile < tl.cdiv(num_cols, TILE))[None, :] & live[:, None]
+        anchor = tl.load(anchor_ptr + tile_at, mask=tile_inside, other=-inf)
+        # log p = log E + (anchor - log_norm): an empty tile has E = 0 and an anchor of -inf.
+        offset = tl.where(anchor == -inf, -inf, anchor - log_norm[:, None])[:, :, None]
+        p = source * tl.exp(offset)
+        log_p = tl.log(source) + offset
+    else:
+        z = _scaled(source, scale[:, None, None], softcap)
+        log_p = tl.where(col < num_valid, z - log_norm[:, None, None], -inf)
+        p = tl.exp(log_p)
+    p = tl.where(hit, tl.exp(logp)[:, None, None], p)
+    log_p = tl.where(hit, logp[:, None, None], log_p)
+    dz = grad[:, None, None] * (tl.where(hit, 1.0, 0.0) - p)
+    if grad_entropy_ptr is not None:
+        grad_entropy = tl.load(grad_entropy_ptr + row, mask=live, other=0.0)
+        entropy = tl.load(entropy_ptr + row, mask=live, other=0.0)
+        pull = tl.where(p == 0.0, 0.0, p * (log_p + entropy[:, None, None]))
+        dz -= grad_entropy[:, None, None] * pull
+        idle = (grad == 0.0) & (grad_entropy == 0.0)
+    else:
+        idle = grad == 0.0
+    if softcap is not None:
+        z_target = tl.load(z_target_ptr + row, mask=live, other=0.0)
+        z = tl.where(hit, z_target[:, None, None], tl.where(p == 0.0, 0.0, log_p + log_norm[:, None, None]))
+        t = z / (scale[:, None, None] * softcap)
+        dz *= 1.0 - t * t
+    dz *= scale[:, None, None]
+    dz = tl.where(idle[:, None, None], 0.0, dz)
+    out = row.to(tl.int64)[:, None, None] * dz_stride + col
+    tl.store(dz_ptr + out, dz.to(dz_ptr.dtype.element_ty), mask=inside)
