@@ -149,7 +149,7 @@ def head_rows(dtype: torch.dtype, entropy: bool, kept: bool, extras: bool, grad:
     stats = head._new_statistics(matrix, rows, vocab, entropy)
     if not grad:
         return head.logits_launch(matrix, target, settings, stats)
-    row = RowStats(_meta(rows), _meta(rows) if entropy else None, _meta(rows))
+    row = RowStats(_meta(rows), _meta(rows), _meta(rows), _meta(rows) if entropy else None)
     anchor = stats.top if kept else None
     grad_entropy = _meta(rows) if entropy else None
     return head.grad_launch(

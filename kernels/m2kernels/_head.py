@@ -6,7 +6,6 @@ linear_policy_loss and (without the GEMMs) logprob.
 """
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,8 +16,9 @@ from torch import distributed as dist
 from m2kernels._head_kernels import HeadKernels, HeadSettings, RowStats, TileStats
 from m2kernels._head_torch import TorchHead
 from m2kernels._native import machine_reason
+from m2kernels._triton import triton_head_reason
 
-HEAD_BACKENDS = ("triton", "cpu", "torch")
+HEAD_BACKENDS = ("cpu", "triton", "torch")
 """In the order in which ``auto`` tries them."""
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
@@ -91,22 +91,12 @@ class Chunk(NamedTuple):
     positions: slice | torch.Tensor
 
 
-def triton_reason(hidden: torch.Tensor | None) -> str | None:
-    """Why the Triton kernels cannot run here, or on this hidden; None if they can."""
-    if hidden is not None and hidden.device.type != "cuda":
-        return f"hidden is on {hidden.device.type}"
-    if importlib.util.find_spec("m2kernels._head_triton") is None:
-        return "the Triton kernels are not part of this installation"
-    reason: str | None = importlib.import_module("m2kernels._head_triton").unsupported_reason(hidden)
-    return reason
-
-
 def head_reason(backend: str, hidden: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> str | None:
     """Why `backend` cannot run here, or with GEMMs of `dtype` on this hidden; None if it can."""
     if backend == "torch":
         return None
     if backend == "triton":
-        return triton_reason(hidden)
+        return triton_head_reason(hidden, dtype)
     if hidden is not None and hidden.device.type != "cpu":
         return f"hidden is on {hidden.device.type}"
     if dtype not in (None, torch.float32, torch.bfloat16):

@@ -19,12 +19,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from m2kernels import _head_triton_kernels as kernels
-from m2kernels._head_kernels import HeadSettings, RowStats, TileStats
-from m2kernels._triton import Launch, interpreting, num_programs, triton_reason
+from m2kernels._head_kernels import HeadKernels, HeadSettings, RowStats, TileStats
+from m2kernels._triton import ALIGNMENT, Launch, num_programs
 
 TILE: int = kernels.TILE.value
-ALIGNMENT = 16  # bytes: what a tensor map asks of its base and of its row stride
-MAX_VOCAB = 2**31 - 512  # column numbers are int32, also those past the end of the last block
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,31 +87,10 @@ def _aligned_rows(matrix: Tensor) -> bool:
     return matrix.is_meta or matrix.data_ptr() % ALIGNMENT == 0
 
 
-def interpreter_reason(dtype: torch.dtype) -> str | None:
-    """Triton's interpreter does integer arithmetic on bfloat16, silently; the tests mend it."""
-    if not interpreting() or dtype != torch.bfloat16:
-        return None
-    from triton.runtime import interpreter
-
-    return None if getattr(interpreter, "BF16_IS_MENDED", False) else "Triton's interpreter is wrong in bfloat16"
-
-
-def unsupported_reason(hidden: Tensor | None = None, weight: Tensor | None = None) -> str | None:
-    """Why Triton cannot run the head here, or on hidden [N, D] and weight [Vl, D]; None if it can."""
-    if hidden is None or weight is None:
-        return triton_reason(None, (9, 0))
-    why = triton_reason(weight.device.type, (9, 0))
-    if why is not None:
-        return why
-    if weight.dtype not in GEMM_CONFIGS:
-        return f"weight is {weight.dtype}; the kernels take bfloat16, float16, float32"
-    if not _aligned_rows(weight):
-        return f"rows of weight (strides {list(weight.stride())}) do not start at multiples of {ALIGNMENT} bytes"
-    if weight.shape[1] * weight.element_size() % ALIGNMENT:
-        return f"dim {weight.shape[1]} is no multiple of {ALIGNMENT // weight.element_size()}"
-    if weight.shape[0] > MAX_VOCAB:
-        return f"{weight.shape[0]} ids; the kernels take {MAX_VOCAB}"
-    return interpreter_reason(weight.dtype)
+def _mappable(matrix: Tensor) -> Tensor:
+    """The matrix, or a copy that a tensor map can describe; its rows are whole multiples of 16 bytes."""
+    assert matrix.shape[1] * matrix.element_size() % ALIGNMENT == 0, f"{matrix.shape[1]} columns of {matrix.dtype}"
+    return matrix if _aligned_rows(matrix) else matrix.clone(memory_format=torch.contiguous_format)
 
 
 def _temperature(settings: HeadSettings) -> tuple[Tensor | None, float]:
@@ -213,7 +190,7 @@ def grad_launch(
     """The launch that turns E (or, without `anchor`, logits) into the gradient of the raw logits."""
     row_temp, inv_temp = _temperature(settings)
     num_rows, cols = source.shape
-    args = (source, dz, row_temp, target, z_target, anchor, rows.log_norm, rows.logp)
+    args = (source, dz, row_temp, target, z_target, anchor, rows.log_norm, rows.log_norm_low, rows.logp)
     if grad_entropy is None:
         args = (*args, None, grad_logp, None)
     else:
@@ -228,32 +205,34 @@ def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-class TritonHead:
-    """The kernels of :class:`m2kernels._head_kernels.HeadKernels`, on one device."""
+def _dense_rows(rows: RowStats) -> RowStats:
+    dense = (rows.log_norm.contiguous(), rows.log_norm_low.contiguous(), rows.logp.contiguous())
+    return RowStats(*dense, _dense(rows.entropy))
+
+
+class TritonHead(HeadKernels):
+    """Backend ``triton``. Its forward is invariant always; there is no faster mode."""
 
     tile: int = TILE
+    row_step: int = _HALF.block_m
 
     def forward(
         self, hidden: Tensor, weight: Tensor, target: Tensor, settings: HeadSettings, *, entropy: bool, keep: bool
     ) -> tuple[TileStats, Any]:
-        """hidden [C, D] and weight [Vl, D] of one dtype, target int [C] or -1 -> statistics, and E."""
+        """See :meth:`HeadKernels.forward`; the scratch is E with its anchors."""
         assert hidden.dtype == weight.dtype, f"hidden is {hidden.dtype}, weight {weight.dtype}"
-        if not _aligned_rows(hidden):
-            hidden = hidden.clone(memory_format=torch.contiguous_format)
         rows, cols = hidden.shape[0], weight.shape[0]
         stats = _new_statistics(hidden, rows, cols, entropy)
         scratch = None
         if keep:
-            padded = triton.cdiv(cols, 64) * 64
-            scratch = hidden.new_empty((rows, padded))[:, :cols]
-        if rows:
+            scratch = hidden.new_empty((rows, triton.cdiv(cols, 64) * 64))[:, :cols]
+        if rows and cols:
+            hidden, weight, target = _mappable(hidden), _mappable(weight), target.contiguous()
             programs = num_programs(hidden.device)
-            launch = forward_launch(hidden, weight, target.contiguous(), settings, stats, scratch, programs)
-            launch.run(hidden.device)
-        kept = None
-        if scratch is not None:
-            kept = KeptTiles(scratch=scratch, z_target=stats.z_target, anchor=stats.top)
-        return _by_row(stats), kept
+            forward_launch(hidden, weight, target, settings, stats, scratch, programs).run(hidden.device)
+        if scratch is None:
+            return _by_row(stats), None
+        return _by_row(stats), KeptTiles(scratch=scratch, z_target=stats.z_target, anchor=stats.top)
 
     def grad(
         self,
@@ -264,14 +243,13 @@ class TritonHead:
         grad_logp: Tensor,
         grad_entropy: Tensor | None,
     ) -> Tensor:
-        """Gradient of the raw logits [C, Vl], in the memory of E: `kept` serves once."""
-        dense = RowStats(rows.log_norm.contiguous(), _dense(rows.entropy), rows.logp.contiguous())
-        grads = grad_logp.contiguous(), _dense(grad_entropy)
+        """See :meth:`HeadKernels.grad`; the result lies in the memory of E."""
+        e, grads = kept.scratch, (grad_logp.contiguous(), _dense(grad_entropy))
         launch = grad_launch(
-            kept.scratch, kept.scratch, target.contiguous(), settings, kept.z_target, kept.anchor, dense, *grads
+            e, e, target.contiguous(), settings, kept.z_target, kept.anchor, _dense_rows(rows), *grads
         )
-        launch.run(kept.scratch.device)
-        return kept.scratch
+        launch.run(e.device)
+        return e
 
 
 class TritonLogits:
@@ -281,6 +259,7 @@ class TritonLogits:
 
     def forward(self, logits: Tensor, target: Tensor, settings: HeadSettings, *, entropy: bool) -> TileStats:
         """logits [C, Vl] of any float dtype up to float32, rows dense -> statistics."""
+        assert settings.bias is None, "logits hold their bias already"
         stats = _new_statistics(logits, *logits.shape, entropy)
         logits_launch(logits, target.contiguous(), settings, stats).run(logits.device)
         return _by_row(stats)
@@ -298,8 +277,9 @@ class TritonLogits:
     ) -> Tensor:
         """Gradient of the logits, into `out` (the logits themselves: in place) or a new tensor."""
         out = torch.empty_like(logits) if out is None else out
-        dense = RowStats(rows.log_norm.contiguous(), _dense(rows.entropy), rows.logp.contiguous())
-        grads = grad_logp.contiguous(), _dense(grad_entropy)
-        launch = grad_launch(logits, out, target.contiguous(), settings, z_target, None, dense, *grads)
+        grads = (grad_logp.contiguous(), _dense(grad_entropy))
+        launch = grad_launch(
+            logits, out, target.contiguous(), settings, z_target, None, _dense_rows(rows), *grads
+        )
         launch.run(logits.device)
         return out

@@ -199,6 +199,13 @@ def logits_forward_kernel(
 
 
 @triton.jit
+def _one_minus_exp(x):  # noqa: ANN001, ANN202
+    """1 - exp(x) for x <= 0 without cancellation: a confident target's gradient keeps its digits."""
+    series = x * (1.0 + x * (1.0 / 2 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120)))))
+    return tl.where(x > -0.1, 0.0 - series, 1.0 - tl.exp(x))
+
+
+@triton.jit
 def head_backward_kernel(
     source_ptr,  # E [num_rows, num_cols] of head_forward_kernel, or logits (anchor_ptr None)
     dz_ptr,  # like source; may be the same memory
@@ -206,7 +213,8 @@ def head_backward_kernel(
     target_ptr,
     z_target_ptr,
     anchor_ptr,  # f32 [num_tiles, num_rows], or None: source holds logits
-    log_norm_ptr,  # f32 [num_rows], and so logp, entropy, both gradients
+    log_norm_ptr,  # f32 [num_rows], and so its low part, logp, entropy, both gradients
+    log_norm_low_ptr,
     logp_ptr,
     entropy_ptr,
     grad_logp_ptr,
@@ -237,6 +245,7 @@ def head_backward_kernel(
     target = tl.load(target_ptr + row, mask=live, other=-1).to(tl.int32)
     logp = tl.load(logp_ptr + row, mask=live, other=0.0)
     log_norm = tl.load(log_norm_ptr + row, mask=live, other=0.0)
+    log_norm_low = tl.load(log_norm_low_ptr + row, mask=live, other=0.0)
     grad = tl.load(grad_logp_ptr + row, mask=live, other=0.0)
     hit = col == target[:, None, None]
     if anchor_ptr is not None:
@@ -244,16 +253,18 @@ def head_backward_kernel(
         tile_inside = (tile < tl.cdiv(num_cols, TILE))[None, :] & live[:, None]
         anchor = tl.load(anchor_ptr + tile_at, mask=tile_inside, other=-inf)
         # log p = log E + (anchor - log_norm): an empty tile has E = 0 and an anchor of -inf.
-        offset = tl.where(anchor == -inf, -inf, anchor - log_norm[:, None])[:, :, None]
+        offset = (anchor - log_norm[:, None]) - log_norm_low[:, None]
+        offset = tl.where(anchor == -inf, -inf, offset)[:, :, None]
         p = source * tl.exp(offset)
         log_p = tl.log(source) + offset
     else:
         z = _scaled(source, scale[:, None, None], softcap)
-        log_p = tl.where(col < num_valid, z - log_norm[:, None, None], -inf)
+        log_p = (z - log_norm[:, None, None]) - log_norm_low[:, None, None]
+        log_p = tl.where(col < num_valid, log_p, -inf)
         p = tl.exp(log_p)
     p = tl.where(hit, tl.exp(logp)[:, None, None], p)
     log_p = tl.where(hit, logp[:, None, None], log_p)
-    dz = grad[:, None, None] * (tl.where(hit, 1.0, 0.0) - p)
+    dz = grad[:, None, None] * tl.where(hit, _one_minus_exp(logp)[:, None, None], 0.0 - p)
     if grad_entropy_ptr is not None:
         grad_entropy = tl.load(grad_entropy_ptr + row, mask=live, other=0.0)
         entropy = tl.load(entropy_ptr + row, mask=live, other=0.0)
