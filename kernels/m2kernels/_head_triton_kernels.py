@@ -49,10 +49,11 @@ def _statistics(z, col, target, num_valid, SHIFT: tl.constexpr, ENTROPY: tl.cons
     anchor = tl.where(top == -inf, 0.0, top - SHIFT)
     above = z - anchor
     e = tl.exp(above)
-    total = tl.sum(e, AXIS, keep_dims=True)
-    moment = total
+    moment = anchor
     if ENTROPY:
-        moment = tl.sum(tl.where(e == 0.0, 0.0, above * e), AXIS, keep_dims=True)
+        # e is 0 long before the bound, which keeps 0 * -inf out; this order leaves no register spilled.
+        moment = tl.sum(e * tl.maximum(above, -1e4, propagate_nan=tl.PropagateNan.ALL), AXIS, keep_dims=True)
+    total = tl.sum(e, AXIS, keep_dims=True)
     return z_target, tl.where(top == -inf, -inf, anchor), total, moment, e
 
 
