@@ -27,7 +27,7 @@ TILE: int = kernels.TILE.value
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GemmConfig:
-    """Shape of the forward GEMM for one dtype. The bits of the result do not depend on the last four.
+    """Shape of the forward GEMM for one dtype. The bits of the result do not depend on the last three.
 
     Attributes:
         block_m, block_n, block_k: tile of rows, ids and hidden dimensions.
@@ -35,8 +35,6 @@ class GemmConfig:
         precision: of a product of float32 operands; the 16-bit ones are exact.
         group_m: row tiles that are walked together for the sake of L2.
         num_warps, num_stages: as Triton takes them.
-        num_stages_keep: when E is kept: it passes through shared memory, and with one stage more
-            Triton 3.6 spills two registers.
     """
 
     block_m: int
@@ -47,7 +45,6 @@ class GemmConfig:
     group_m: int
     num_warps: int
     num_stages: int
-    num_stages_keep: int
 
 
 _HALF = GemmConfig(
@@ -59,13 +56,12 @@ _HALF = GemmConfig(
     group_m=16,
     num_warps=8,
     num_stages=4,
-    num_stages_keep=3,
 )
 GEMM_CONFIGS = {
     torch.bfloat16: _HALF,
     torch.float16: replace(_HALF, shift=10.0),
     torch.float32: replace(
-        _HALF, block_n=128, block_k=32, precision="tf32x3", num_stages=2, num_stages_keep=2
+        _HALF, block_n=128, block_k=32, precision="tf32x3", num_stages=2
     ),
 }
 ROW_CONFIG = {"BLOCK_ROWS": 8, "TILES": 4, "num_warps": 4}
@@ -134,7 +130,7 @@ def forward_launch(
     args = (
         describe(hidden, [config.block_m, config.block_k]),
         describe(weight, [config.block_n, config.block_k]),
-        None if scratch is None else describe(scratch, [config.block_m, TILE]),
+        None if scratch is None else describe(scratch, [config.block_m, TILE // 2]),
         None if settings.bias is None else settings.bias.contiguous(),
         row_temp,
         target,
@@ -154,7 +150,7 @@ def forward_launch(
         "SHIFT": config.shift,
         "PRECISION": config.precision,
         "num_warps": config.num_warps,
-        "num_stages": config.num_stages if scratch is None else config.num_stages_keep,
+        "num_stages": config.num_stages,
     }
     return Launch(kernel=kernels.head_forward_kernel, grid=(min(programs, tiles),), args=args, meta=meta)
 

@@ -35,26 +35,31 @@ def _scaled(raw, inv_temp, softcap):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _statistics(z, col, target, num_valid, SHIFT: tl.constexpr, ENTROPY: tl.constexpr, AXIS: tl.constexpr):  # noqa: ANN001, ANN202, E501
-    """z, col, target of one or several tiles, broadcastable -> z of the target, anchor, sum, moment, E.
-
-    Reductions are along AXIS, which keeps length 1.
-    """
-    inf = float("inf")
-    z = tl.where(col < num_valid, z, -inf)
+def _masked(z, col, target, num_valid, AXIS: tl.constexpr):  # noqa: ANN001, ANN202
+    """z without padding and without the target, and z of the target (0 where it is not among them)."""
+    z = tl.where(col < num_valid, z, -float("inf"))
     hit = col == target
-    z_target = tl.sum(tl.where(hit, z, 0.0), AXIS, keep_dims=True)
-    z = tl.where(hit, -inf, z)
-    top = tl.max(z, AXIS, keep_dims=True)
-    anchor = tl.where(top == -inf, 0.0, top - SHIFT)
+    return tl.where(hit, -float("inf"), z), tl.sum(tl.where(hit, z, 0.0), AXIS, keep_dims=True)
+
+
+@triton.jit
+def _weighted(z, anchor, ENTROPY: tl.constexpr, AXIS: tl.constexpr):  # noqa: ANN001, ANN202
+    """E = exp(z - anchor), its sum and that of (z - anchor) E along AXIS, which keeps length 1."""
     above = z - anchor
     e = tl.exp(above)
-    moment = anchor
-    if ENTROPY:
-        # e is 0 long before the bound, which keeps 0 * -inf out; this order leaves no register spilled.
-        moment = tl.sum(e * tl.maximum(above, -1e4, propagate_nan=tl.PropagateNan.ALL), AXIS, keep_dims=True)
     total = tl.sum(e, AXIS, keep_dims=True)
-    return z_target, tl.where(top == -inf, -inf, anchor), total, moment, e
+    moment = total
+    if ENTROPY:
+        # The bound keeps 0 * -inf out: e is 0 long before it.
+        moment = tl.sum(e * tl.maximum(above, -1e4, propagate_nan=tl.PropagateNan.ALL), AXIS, keep_dims=True)
+    return e, total, moment
+
+
+@triton.jit
+def _anchor(top, SHIFT: tl.constexpr):  # noqa: ANN001, ANN202
+    """The largest z -> what to subtract, and what to report: -inf for a tile without a column."""
+    empty = top == -float("inf")
+    return tl.where(empty, 0.0, top - SHIFT), tl.where(empty, top, top - SHIFT)
 
 
 @triton.jit
@@ -72,28 +77,51 @@ def _store_statistics(  # noqa: ANN202
 
 
 @triton.jit
-def _finish_tile(  # noqa: ANN202
-    acc, row, tile, target, kept, bias_ptr, row_temp_ptr, z_target_ptr, anchor_ptr, total_ptr, moment_ptr,  # noqa: ANN001
-    num_rows, num_cols, num_valid, inv_temp, softcap, first_row, SHIFT: tl.constexpr,  # noqa: ANN001
-):  # fmt: skip
-    """One tile of products [BLOCK_M, TILE] -> its statistics, and E."""
-    col = tile * TILE + tl.arange(0, TILE)
+def _halves(x, ROWS: tl.constexpr, HALF: tl.constexpr):  # noqa: ANN001, ANN202
+    """[ROWS, 2 HALF] -> the left and the right half of the columns; registers do not move."""
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def _logits(acc, col, row, target, bias_ptr, row_temp_ptr, num_rows, num_cols, num_valid, inv_temp, softcap):  # noqa: ANN001, ANN202, E501
+    """Products of some columns -> _masked z."""
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + col, mask=col < num_cols, other=0.0).to(tl.float32)[None, :]
     if row_temp_ptr is not None:
         z = _scaled(acc, tl.load(row_temp_ptr + row, mask=row < num_rows, other=0.0)[:, None], softcap)
     else:
         z = _scaled(acc, inv_temp, softcap)
-    z_target, anchor, total, moment, e = _statistics(
-        z, col[None, :], target[:, None], num_valid, SHIFT, moment_ptr is not None, 1
+    return _masked(z, col[None, :], target[:, None], num_valid, 1)
+
+
+@triton.jit
+def _finish_tile(  # noqa: ANN202
+    acc, row, tile, target, kept, bias_ptr, row_temp_ptr, z_target_ptr, anchor_ptr, total_ptr, moment_ptr,  # noqa: ANN001
+    num_rows, num_cols, num_valid, inv_temp, softcap, first_row, BLOCK_M: tl.constexpr, SHIFT: tl.constexpr,  # noqa: ANN001
+):  # fmt: skip
+    """One tile of products [BLOCK_M, TILE] -> its statistics, and E; half by half, or registers spill."""
+    HALF: tl.constexpr = TILE // 2
+    left, right = _halves(acc, BLOCK_M, HALF)
+    col = tile * TILE + tl.arange(0, HALF)
+    left, own_left = _logits(
+        left, col, row, target, bias_ptr, row_temp_ptr, num_rows, num_cols, num_valid, inv_temp, softcap
     )
+    right, own_right = _logits(
+        right, col + HALF, row, target, bias_ptr, row_temp_ptr, num_rows, num_cols, num_valid, inv_temp, softcap
+    )
+    top = tl.maximum(tl.max(left, 1, keep_dims=True), tl.max(right, 1, keep_dims=True))
+    anchor, reported = _anchor(top, SHIFT)
+    e, total, moment = _weighted(left, anchor, moment_ptr is not None, 1)
     if kept is not None:
         kept.store([first_row, tile * TILE], e.to(kept.dtype))
+    e, total_right, moment_right = _weighted(right, anchor, moment_ptr is not None, 1)
+    if kept is not None:
+        kept.store([first_row, tile * TILE + HALF], e.to(kept.dtype))
     inside = (row < num_rows)[:, None] & (tile * TILE < num_cols)
     owns = inside & (target >= tile * TILE)[:, None] & (target < tile * TILE + TILE)[:, None]
     _store_statistics(
-        tile * num_rows + row[:, None], inside, row[:, None], owns, z_target, anchor, total, moment,
-        z_target_ptr, anchor_ptr, total_ptr, moment_ptr,
+        tile * num_rows + row[:, None], inside, row[:, None], owns, own_left + own_right, reported,
+        total + total_right, moment + moment_right, z_target_ptr, anchor_ptr, total_ptr, moment_ptr,
     )  # fmt: skip
 
 
@@ -101,7 +129,7 @@ def _finish_tile(  # noqa: ANN202
 def head_forward_kernel(
     hidden,  # descriptor [num_rows, dim], block [BLOCK_M, BLOCK_K]
     weight,  # descriptor [num_cols, dim], block [BLOCK_N, BLOCK_K]
-    kept,  # descriptor [num_rows, num_cols], block [BLOCK_M, TILE]; None: E is not kept
+    kept,  # descriptor [num_rows, num_cols], block [BLOCK_M, TILE // 2]; None: E is not kept
     bias_ptr,  # [num_cols] or None
     row_temp_ptr,  # f32 [num_rows] or None
     target_ptr,  # int [num_rows], -1: not here
@@ -142,17 +170,17 @@ def head_forward_kernel(
         if BLOCK_N == TILE:
             _finish_tile(
                 acc, row, n, target, kept, bias_ptr, row_temp_ptr, z_target_ptr, anchor_ptr, total_ptr,
-                moment_ptr, num_rows, num_cols, num_valid, inv_temp, softcap, m * BLOCK_M, SHIFT,
+                moment_ptr, num_rows, num_cols, num_valid, inv_temp, softcap, m * BLOCK_M, BLOCK_M, SHIFT,
             )  # fmt: skip
         else:
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, TILE)), (0, 2, 1)))
+            left, right = _halves(acc, BLOCK_M, TILE)
             _finish_tile(
                 left, row, 2 * n, target, kept, bias_ptr, row_temp_ptr, z_target_ptr, anchor_ptr, total_ptr,
-                moment_ptr, num_rows, num_cols, num_valid, inv_temp, softcap, m * BLOCK_M, SHIFT,
+                moment_ptr, num_rows, num_cols, num_valid, inv_temp, softcap, m * BLOCK_M, BLOCK_M, SHIFT,
             )  # fmt: skip
             _finish_tile(
                 right, row, 2 * n + 1, target, kept, bias_ptr, row_temp_ptr, z_target_ptr, anchor_ptr,
-                total_ptr, moment_ptr, num_rows, num_cols, num_valid, inv_temp, softcap, m * BLOCK_M, SHIFT,
+                total_ptr, moment_ptr, num_rows, num_cols, num_valid, inv_temp, softcap, m * BLOCK_M, BLOCK_M, SHIFT,
             )  # fmt: skip
 
 
@@ -186,16 +214,16 @@ def logits_forward_kernel(
     else:
         z = _scaled(z, inv_temp, softcap)
     target = tl.load(target_ptr + row, mask=live, other=-1).to(tl.int32)
-    z_target, anchor, total, moment, _ = _statistics(
-        z, col, target[:, None, None], num_valid, 0.0, moment_ptr is not None, 2
-    )
+    z, z_target = _masked(z, col, target[:, None, None], num_valid, 2)
+    anchor, reported = _anchor(tl.max(z, 2, keep_dims=True), 0.0)
+    _, total, moment = _weighted(z, anchor, moment_ptr is not None, 2)
     first = tl.program_id(1) * TILES * TILE
     owns = live & (target >= first) & (target < first + TILES * TILE)
     tile_at = (tile[None, :] * num_rows + row[:, None])[:, :, None]
     inside = (live[:, None] & (tile * TILE < num_cols)[None, :])[:, :, None]
     _store_statistics(
         tile_at, inside, row[:, None, None], owns[:, None, None], tl.sum(z_target, 1, keep_dims=True),
-        anchor, total, moment, z_target_ptr, anchor_ptr, total_ptr, moment_ptr,
+        reported, total, moment, z_target_ptr, anchor_ptr, total_ptr, moment_ptr,
     )  # fmt: skip
 
 

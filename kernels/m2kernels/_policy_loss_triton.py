@@ -278,8 +278,9 @@ def _finish(partial_ptr, parts, denom, stats_ptr, loss_ptr, BLOCK_PARTS: tl.cons
         v = tl.load(partial_ptr + slot[:, None] * parts + part[None, :], mask=inside, other=0.0)
         total = tl.where(is_max[:, None], tl.maximum(total, v), total + v)
     sums = tl.where(is_max, tl.max(total, 1), tl.sum(total, 1))
-    # A NaN token is in every sum but not in a maximum.
-    sums = tl.where(is_max & (_slot(sums, slot, 6) != _slot(sums, slot, 6)), float("nan"), sums)
+    # A NaN is in every sum but not in a maximum: the sum of the weights (finite otherwise) brings it.
+    weight = _slot(sums, slot, 6)
+    sums = tl.where(is_max, sums + (weight - weight), sums)
     tl.store(stats_ptr + slot, sums.to(tl.float32), mask=slot < NUM_RAW)
     num_tokens = _slot(sums, slot, 0)
     share = tl.where(num_tokens > 0.0, 1.0 / tl.where(num_tokens > 0.0, num_tokens, 1.0), 0.0)
