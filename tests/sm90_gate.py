@@ -8,6 +8,8 @@ have. Prints a table; exits 1 on a breach, and first proves on bad configuration
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 import subprocess
 import sys
@@ -22,9 +24,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from m2kernels import _group_advantage_triton as group_advantage
 from m2kernels import _head_triton as head
+from m2kernels import _policy_loss_triton as policy_loss
 from m2kernels._head_kernels import HeadSettings, RowStats
 from m2kernels._triton import Launch
+from m2kernels.policy_loss import KINDS, KLS
 
 MAX_SHARED = 232448  # bytes a block of sm_90 can opt in to
 NUM_SMS = 132
@@ -157,8 +162,41 @@ def head_rows(dtype: torch.dtype, entropy: bool, kept: bool, extras: bool, grad:
     )
 
 
+def policy_cases() -> Iterator[Case]:
+    """The policy loss: every kind with every kl, with nothing optional and with everything."""
+    tokens, sequences = 32768, 4096
+    for kind, kl in itertools.product(range(len(KINDS)), range(len(KLS))):
+        for full in (False, True):
+            if not full and kl:
+                continue
+            optional = [_meta(tokens) if full else None for _ in range(3)]
+            mask = _meta(tokens, dtype=torch.bool) if full else None
+            seq = _meta(tokens, dtype=torch.int64 if full else torch.int32)
+            launches, _ = policy_loss.forward_launches(
+                _meta(tokens), _meta(tokens), _meta(sequences), seq, mask, *optional, kind, kl,
+                0.2, 0.28, 3.0, 0.1, 0.1, 2.0 if full else math.inf, full, False, 100.0,
+            )  # fmt: skip
+            for launch in launches:
+                if launch.kernel is policy_loss.token_kernel or (full and kl == 0):
+                    name = launch.kernel.__name__.removesuffix("_kernel")
+                    yield Case(f"policy_loss {name} {KINDS[kind]} {KLS[kl]}" + " options" * full, launch)
+    halves = (_meta(tokens), _meta(tokens))
+    yield Case("policy_loss scale", policy_loss.scale_launch(_meta(), halves, halves))
+
+
+def advantage_cases() -> Iterator[Case]:
+    """The group advantage, with and without its second pass."""
+    rows, flags = _meta(4096), _meta(4096, dtype=torch.bool)
+    for divide in (False, True):
+        group = _meta(4096, dtype=torch.int64 if divide else torch.int32)
+        launch = group_advantage.advantage_launch(rows, group, flags if divide else None, rows, divide, divide, 1e-6)
+        yield Case("group_advantage" + " loo std valid" * divide, launch)
+
+
 def cases() -> Iterator[Case]:
     """Every kernel in every shipped configuration."""
+    yield from advantage_cases()
+    yield from policy_cases()
     for dtype in head.GEMM_CONFIGS:
         short = str(dtype).removeprefix("torch.")
         for entropy in (False, True):
@@ -192,7 +230,7 @@ def main() -> int:
     driver.set_active(NoDevice())
     pattern = sys.argv[1] if len(sys.argv) > 1 else ""
     failed = False
-    for case, word in bad_cases():
+    for case, word in [] if pattern else bad_cases():
         wrong = "; ".join(breaches(case, compile_case(case)))
         if word not in wrong:
             print(f"sm_90 gate: {case.name} must be refused for {word!r}; got {wrong or 'no refusal'}")

@@ -113,8 +113,10 @@ def sequence_kernel(
 def _load(ptr, i, live):  # noqa: ANN001, ANN202
     """f32 or f64 -> f64, 0 where not live or not given."""
     if ptr is None:
-        return tl.zeros(i.shape, tl.float64)
-    return tl.load(ptr + i, mask=live, other=0.0).to(tl.float64)
+        x = tl.zeros_like(live.to(tl.float64))
+    else:
+        x = tl.load(ptr + i, mask=live, other=0.0).to(tl.float64)
+    return x
 
 
 @triton.jit
@@ -127,26 +129,35 @@ def _policy_term(  # noqa: ANN202
     over = ratio > high
     under = ratio < low
     if KIND == CISPO:
+        dual = over & under
         direct = weight * tl.where(over, high, tl.where(under, low, ratio)) * advantage
-        return direct * logp, tl.zeros_like(direct), direct, under, over, over & under
-    over &= advantage > 0.0
-    under &= advantage < 0.0
-    dual = (ratio > dual_clip) & (advantage < 0.0)
-    bound = tl.where(dual, dual_clip, tl.where(under, low, tl.where(over, high, ratio)))
-    term = weight * bound * advantage
-    constant = over | under | dual | (log_ratio > LOG_RATIO_LIMIT)
-    return term, tl.where(constant, 0.0, term), tl.zeros_like(term), under, over, dual
+        term = direct * logp
+        via_ratio = tl.zeros_like(term)
+    else:
+        over &= advantage > 0.0
+        under &= advantage < 0.0
+        dual = (ratio > dual_clip) & (advantage < 0.0)
+        bound = tl.where(dual, dual_clip, tl.where(under, low, tl.where(over, high, ratio)))
+        term = weight * bound * advantage
+        via_ratio = tl.where(over | under | dual | (log_ratio > LOG_RATIO_LIMIT), 0.0, term)
+        direct = tl.zeros_like(term)
+    return term, via_ratio, direct, under, over, dual
 
 
 @triton.jit
 def _reference_kl(y, KL: tl.constexpr):  # noqa: ANN001, ANN202
     """k(logp, ref_logp) and its slope in logp, of y = logp - ref_logp; k3 when none is named."""
     if KL == 1:
-        return y, tl.full(y.shape, 1.0, tl.float64)
-    if KL == 2:
-        return 0.5 * y * y, y
-    e = tl.exp(-y)
-    return e + y - 1.0, 1.0 - e
+        kl = y
+        slope = tl.zeros_like(y) + 1.0
+    elif KL == 2:
+        kl = 0.5 * y * y
+        slope = y
+    else:
+        e = tl.exp(0.0 - y)
+        kl = e + y - 1.0
+        slope = 1.0 - e
+    return kl, slope
 
 
 @triton.jit
