@@ -12,15 +12,25 @@ SOURCES := $(shell find csrc kernels m2train -type f \( -name '*.cpp' -o -name '
 MODULES := $(shell find m2train kernels/m2kernels -name '*.py' | sort | cksum | cut -d' ' -f1)
 NATIVE  := $(VENV)/.native-$(MODULES)
 
-.PHONY: demo test test-all setup lint types check-sm90 wheel clean
+# Triton beside the environment, never in it: vLLM and torch.compile on a CPU behave otherwise when they find one.
+# 3.6.0 is what torch 2.10 and 2.11 pin, 3.7.1 what 2.13 does. The last is the one that the tests run.
+TRITONS     := 3.6.0 3.7.1
+TRITON_TEST := .triton/$(lastword $(TRITONS))
+
+.PHONY: demo test test-all test-triton setup lint types check-sm90 check-sm90-cuda check-sm90-triton wheel clean
 demo: setup
 	$(VENV)/bin/m2train train recipes/demo.toml --run-dir runs/demo-$(SEED) --set seed=$(SEED) --restart
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev test-triton
 	$(PY) -m pytest -q -m "not slow"
 
-test-all: $(VENV)/.dev
+test-all: $(VENV)/.dev test-triton
 	$(PY) -m pytest -q
+
+# The Triton kernels in Triton's interpreter, on CPU tensors: a process of its own, for the mode is fixed at import.
+test-triton: $(VENV)/.dev $(TRITON_TEST)/.done
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON_TEST) $(PY) -m pytest -q -k triton \
+	    $(wildcard tests/test_triton_*.py) tests/test_policy_loss.py tests/test_group_advantage.py
 
 setup: $(NATIVE)
 
@@ -50,17 +60,28 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
-# What the CUDA kernels become: machine code for sm_90a without a spill or a serialised wgmma. Needs no GPU.
-check-sm90:
+.triton/%/.done:
+	$(PIP) --no-deps --target $(@D) triton==$*
+	touch $@
+
+# What the kernels become: machine code for sm_90a without a spill or a serialised wgmma. Needs no GPU.
+check-sm90: check-sm90-cuda check-sm90-triton
+
+check-sm90-cuda:
 	@command -v nvcc >/dev/null || { echo "check-sm90: skipped, no nvcc"; exit 0; }; \
 	for file in csrc/cuda/*.cu; do \
 	    nvcc -std=c++17 -O3 -DNDEBUG -Icsrc/ops -Icsrc/cuda -gencode=arch=compute_90a,code=sm_90a \
 	        -Xptxas=-v,-warn-spills,-Werror -cubin -o $(VENV)/$$(basename $$file).cubin $$file || exit 1; \
 	done
 
+check-sm90-triton: $(TRITONS:%=check-sm90-triton-%)
+
+check-sm90-triton-%: $(VENV)/.dev .triton/%/.done
+	PYTHONPATH=.triton/$* TRITON_CACHE_DIR=.triton/cache-$* $(PY) tests/sm90_gate.py
+
 wheel: $(NATIVE)
 	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
 	ls -l dist
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) .triton build dist

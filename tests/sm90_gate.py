@@ -157,9 +157,7 @@ def head_rows(dtype: torch.dtype, entropy: bool, kept: bool, extras: bool, grad:
     row = RowStats(_meta(rows), _meta(rows), _meta(rows), _meta(rows) if entropy else None)
     anchor = stats.top if kept else None
     grad_entropy = _meta(rows) if entropy else None
-    return head.grad_launch(
-        matrix, matrix, target, settings, stats.z_target, anchor, row, _meta(rows), grad_entropy
-    )
+    return head.grad_launch(matrix, matrix, target, settings, stats.z_target, anchor, row, _meta(rows), grad_entropy)
 
 
 def policy_cases() -> Iterator[Case]:
@@ -177,7 +175,7 @@ def policy_cases() -> Iterator[Case]:
                 0.2, 0.28, 3.0, 0.1, 0.1, 2.0 if full else math.inf, full, False, 100.0,
             )  # fmt: skip
             for launch in launches:
-                if launch.kernel is policy_loss.token_kernel or (full and kl == 0):
+                if launch.kernel is policy_loss.kernels.token_kernel or (full and kl == 0):
                     name = launch.kernel.__name__.removesuffix("_kernel")
                     yield Case(f"policy_loss {name} {KINDS[kind]} {KLS[kl]}" + " options" * full, launch)
     halves = (_meta(tokens), _meta(tokens))

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from triton_head_cases import HeadCase, check_gradient, check_head, check_statistics, make_case, oracle_rows
+from kernel_testing import assert_kernel
+from triton_head_cases import (
+    HeadCase,
+    answer,
+    check_gradient,
+    check_head,
+    check_statistics,
+    make_case,
+    oracle_rows,
+)
 from triton_testing import interpreted
 
 import m2kernels as mk
@@ -49,7 +58,7 @@ def test_a_target_that_is_out_of_reach():
     case = make_case(torch.float32, 8, 64, 256, scale=1.0)
     case.weight[5] = case.weight[5] - 80 * case.hidden[0] / case.hidden[0].dot(case.hidden[0])
     case.target[:] = 5
-    logp, _, _ = __import__("triton_head_cases").answer(case, torch.float64)
+    logp, _, _ = answer(case, torch.float64)
     assert float(logp[0]) < -75
     check_head(head(), case)
 
@@ -142,6 +151,95 @@ def test_why_triton_cannot_run():
     assert triton_head_reason(hidden, torch.float32) is None
     assert "multiple of 8" in triton_head_reason(hidden, torch.bfloat16)
     assert "float64" in triton_head_reason(hidden, torch.float64)
-    assert triton_head_reason(hidden.to("meta"), torch.float32) == "TRITON_INTERPRET=1 takes CPU tensors; these are on meta"
+    assert (
+        triton_head_reason(hidden.to("meta"), torch.float32)
+        == "TRITON_INTERPRET=1 takes CPU tensors; these are on meta"
+    )
     with pytest.raises(ValueError, match="'triton' cannot run: hidden has 20 columns"):
         mk.linear_logprob(hidden.bfloat16(), hidden.bfloat16(), torch.zeros(3, dtype=int), backend="triton")
+
+
+def op_case(dtype):
+    case = make_case(dtype, 40, 64, 300, extras=True)
+    rows = torch.randint(0, 39, (150,), generator=torch.Generator().manual_seed(3))  # the last row: never
+    case.hidden[39] = float("nan")
+    case.weight[-9:] = case.settings.bias[-9:] = 0.5  # padding: finite, for dX multiplies its zeros by it
+    return case, rows, case.target.clamp(min=0)[rows]
+
+
+def run_op(case, rows, target, **options):
+    """linear_logprob with everything on -> outputs and gradients of hidden, weight, bias."""
+    leaves = [x.clone().requires_grad_() for x in (case.hidden, case.weight, case.settings.bias)]
+    temperature = (1 / case.settings.inv_temperature)[rows]
+    out = mk.linear_logprob(
+        leaves[0], leaves[1], target, bias=leaves[2], rows=rows, temperature=temperature, softcap=20.0,
+        vocab_size=case.settings.num_valid, entropy=True, **options,
+    )  # fmt: skip
+    (out.logp * case.grad_logp[rows]).sum().add((out.entropy * case.grad_entropy[rows]).sum()).backward()
+    return out.logp.detach(), out.entropy.detach(), *(x.grad for x in leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_logprob_end_to_end(dtype):
+    case, rows, target = op_case(dtype)
+    got = run_op(case, rows, target, backend="triton")
+    plain = run_op(case, rows, target, backend="torch")
+    s = case.settings
+    picked = HeadCase(
+        hidden=case.hidden[rows], weight=case.weight, target=target,
+        settings=HeadSettings(
+            bias=s.bias, inv_temperature=s.inv_temperature[rows], softcap=s.softcap, num_valid=s.num_valid
+        ),
+        grad_logp=case.grad_logp[rows], grad_entropy=case.grad_entropy[rows],
+    )  # fmt: skip
+    logp, entropy, dz = answer(picked, torch.float64)
+    weight = torch.where(torch.arange(300)[:, None] < s.num_valid, case.weight.double(), 0)
+    to_hidden = torch.zeros(40, 64, dtype=torch.float64).index_add(0, rows, dz @ weight)
+    want = (logp, entropy, to_hidden, dz.t() @ picked.hidden.double(), dz.sum(0))
+    for name, a, b, c in zip(("logp", "entropy", "hidden", "weight", "bias"), got, plain, want, strict=True):
+        assert_kernel(name, a, b, c, ratio=2.5, eps=1e-6)
+
+
+def test_chunks_change_no_bit():
+    case, rows, target = op_case(torch.bfloat16)
+    whole = run_op(case, rows, target, backend="triton")
+    parts = run_op(case, rows, target, backend="triton", chunk_bytes=1)
+    assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
+    again = run_op(case, rows, target, backend="triton", chunk_bytes=1)
+    assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
+
+
+def test_compile_fullgraph():
+    case, rows, target = op_case(torch.float32)
+
+    def step(hidden, weight):
+        out = mk.linear_logprob(
+            hidden * 1.0, weight, target, rows=rows, entropy=True, backend="triton", vocab_size=291
+        )
+        return out.logp.sum() + out.entropy.sum()
+
+    results = []
+    for fn in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        hidden, weight = (x.clone().requires_grad_() for x in (case.hidden, case.weight))
+        loss = fn(hidden, weight)
+        loss.backward()
+        results.append((loss.detach(), hidden.grad, weight.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_linear_policy_loss_end_to_end():
+    case = make_case(torch.bfloat16, 40, 64, 300)
+    target = case.target.clamp(min=0)
+    old = torch.full((40,), -3.0)
+    seq = torch.arange(40) // 8
+    results = []
+    for backend in ("triton", "torch"):
+        hidden, weight = (x.clone().requires_grad_() for x in (case.hidden, case.weight))
+        out = mk.linear_policy_loss(
+            hidden, weight, target, old, torch.randn(5, generator=torch.Generator().manual_seed(0)), seq, denom=40.0,
+            backend=backend,
+        )  # fmt: skip
+        out.loss.backward()
+        results.append((out.loss.detach(), out.logp, hidden.grad, weight.grad))
+    for triton_value, torch_value in zip(*results, strict=True):
+        torch.testing.assert_close(triton_value, torch_value, rtol=2e-2, atol=2e-3)

@@ -29,7 +29,9 @@ class HeadCase:
         settings = replace(
             s,
             bias=None if s.bias is None else s.bias.to(device),
-            inv_temperature=s.inv_temperature.to(device) if isinstance(s.inv_temperature, Tensor) else s.inv_temperature,
+            inv_temperature=s.inv_temperature.to(device)
+            if isinstance(s.inv_temperature, Tensor)
+            else s.inv_temperature,
         )
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, settings=settings, **moved)
@@ -101,9 +103,7 @@ def merged(kernels, stats: TileStats, target: Tensor) -> RowStats:
 def check_head(kernels, case: HeadCase, eps: float = 1e-6) -> None:
     """Forward and gradient of `kernels` on the case's device against float64."""
     entropy = case.grad_entropy is not None
-    stats, kept = kernels.forward(
-        case.hidden, case.weight, case.target, case.settings, entropy=entropy, keep=True
-    )
+    stats, kept = kernels.forward(case.hidden, case.weight, case.target, case.settings, entropy=entropy, keep=True)
     check_statistics(kernels, case, stats, eps)
     rows = oracle_rows(case)
     dz = kernels.grad(kept, case.target, case.settings, rows, case.grad_logp, case.grad_entropy)

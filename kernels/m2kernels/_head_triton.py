@@ -60,9 +60,7 @@ _HALF = GemmConfig(
 GEMM_CONFIGS = {
     torch.bfloat16: _HALF,
     torch.float16: replace(_HALF, shift=10.0),
-    torch.float32: replace(
-        _HALF, block_n=128, block_k=32, precision="tf32x3", num_stages=2
-    ),
+    torch.float32: replace(_HALF, block_n=128, block_k=32, precision="tf32x3", num_stages=2),
 }
 ROW_CONFIG = {"BLOCK_ROWS": 8, "TILES": 4, "num_warps": 4}
 
@@ -186,15 +184,13 @@ def grad_launch(
     """The launch that turns E (or, without `anchor`, logits) into the gradient of the raw logits."""
     row_temp, inv_temp = _temperature(settings)
     num_rows, cols = source.shape
-    args = (source, dz, row_temp, target, z_target, anchor, rows.log_norm, rows.log_norm_low, rows.logp)
+    args: tuple[Any, ...] = (source, dz, row_temp, target, z_target, anchor, rows.log_norm, rows.log_norm_low, rows.logp)
     if grad_entropy is None:
         args = (*args, None, grad_logp, None)
     else:
         args = (*args, rows.entropy, grad_logp, grad_entropy)
     args = (*args, num_rows, cols, settings.num_valid, source.stride(0), dz.stride(0), inv_temp, settings.softcap)
-    return Launch(
-        kernel=kernels.head_backward_kernel, grid=_row_grid(num_rows, cols), args=args, meta=ROW_CONFIG
-    )
+    return Launch(kernel=kernels.head_backward_kernel, grid=_row_grid(num_rows, cols), args=args, meta=ROW_CONFIG)
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -256,7 +252,8 @@ class TritonLogits:
     def forward(self, logits: Tensor, target: Tensor, settings: HeadSettings, *, entropy: bool) -> TileStats:
         """logits [C, Vl] of any float dtype up to float32, rows dense -> statistics."""
         assert settings.bias is None, "logits hold their bias already"
-        stats = _new_statistics(logits, *logits.shape, entropy)
+        rows, cols = logits.shape
+        stats = _new_statistics(logits, rows, cols, entropy)
         logits_launch(logits, target.contiguous(), settings, stats).run(logits.device)
         return _by_row(stats)
 
@@ -274,8 +271,6 @@ class TritonLogits:
         """Gradient of the logits, into `out` (the logits themselves: in place) or a new tensor."""
         out = torch.empty_like(logits) if out is None else out
         grads = (grad_logp.contiguous(), _dense(grad_entropy))
-        launch = grad_launch(
-            logits, out, target.contiguous(), settings, z_target, None, _dense_rows(rows), *grads
-        )
+        launch = grad_launch(logits, out, target.contiguous(), settings, z_target, None, _dense_rows(rows), *grads)
         launch.run(logits.device)
         return out

@@ -17,7 +17,7 @@ TILE: tl.constexpr = tl.constexpr(128)
 
 
 @triton.jit
-def _tile_position(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):  # noqa: ANN001, ANN202
+def _tile_position(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """Walk GROUP_M rows of tiles together, so that a wave of programs shares both operands in L2."""
     group_size = GROUP_M * tiles_n
     first = (index // group_size) * GROUP_M
@@ -27,7 +27,7 @@ def _tile_position(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):  # noqa: ANN
 
 
 @triton.jit
-def _scaled(raw, inv_temp, softcap):  # noqa: ANN001, ANN202
+def _scaled(raw, inv_temp, softcap):
     """raw -> z. tanh by exp: its error is a fraction of softcap, 1e-7, wherever raw is."""
     if softcap is not None:
         raw = softcap * (1.0 - 2.0 / (tl.exp(raw * (2.0 / softcap)) + 1.0))
@@ -35,7 +35,7 @@ def _scaled(raw, inv_temp, softcap):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _masked(z, col, target, num_valid, AXIS: tl.constexpr):  # noqa: ANN001, ANN202
+def _masked(z, col, target, num_valid, AXIS: tl.constexpr):
     """z without padding and without the target, and z of the target (0 where it is not among them)."""
     z = tl.where(col < num_valid, z, -float("inf"))
     hit = col == target
@@ -43,7 +43,7 @@ def _masked(z, col, target, num_valid, AXIS: tl.constexpr):  # noqa: ANN001, ANN
 
 
 @triton.jit
-def _weighted(z, anchor, ENTROPY: tl.constexpr, AXIS: tl.constexpr):  # noqa: ANN001, ANN202
+def _weighted(z, anchor, ENTROPY: tl.constexpr, AXIS: tl.constexpr):
     """E = exp(z - anchor), its sum and that of (z - anchor) E along AXIS, which keeps length 1."""
     above = z - anchor
     e = tl.exp(above)
@@ -56,16 +56,16 @@ def _weighted(z, anchor, ENTROPY: tl.constexpr, AXIS: tl.constexpr):  # noqa: AN
 
 
 @triton.jit
-def _anchor(top, SHIFT: tl.constexpr):  # noqa: ANN001, ANN202
+def _anchor(top, SHIFT: tl.constexpr):
     """The largest z -> what to subtract, and what to report: -inf for a tile without a column."""
     empty = top == -float("inf")
     return tl.where(empty, 0.0, top - SHIFT), tl.where(empty, top, top - SHIFT)
 
 
 @triton.jit
-def _store_statistics(  # noqa: ANN202
-    at, inside, row, owns, z_target, anchor, total, moment,  # noqa: ANN001
-    z_target_ptr, anchor_ptr, total_ptr, moment_ptr,  # noqa: ANN001
+def _store_statistics(
+    at, inside, row, owns, z_target, anchor, total, moment,
+    z_target_ptr, anchor_ptr, total_ptr, moment_ptr,
 ):  # fmt: skip
     """The partial sums are stored tile by tile, [num_tiles, num_rows]: rows are contiguous."""
     tl.store(anchor_ptr + at, anchor, mask=inside)
@@ -77,13 +77,13 @@ def _store_statistics(  # noqa: ANN202
 
 
 @triton.jit
-def _halves(x, ROWS: tl.constexpr, HALF: tl.constexpr):  # noqa: ANN001, ANN202
+def _halves(x, ROWS: tl.constexpr, HALF: tl.constexpr):
     """[ROWS, 2 HALF] -> the left and the right half of the columns; registers do not move."""
     return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
 
 
 @triton.jit
-def _logits(acc, col, row, target, bias_ptr, row_temp_ptr, num_rows, num_cols, num_valid, inv_temp, softcap):  # noqa: ANN001, ANN202, E501
+def _logits(acc, col, row, target, bias_ptr, row_temp_ptr, num_rows, num_cols, num_valid, inv_temp, softcap):
     """Products of some columns -> _masked z."""
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + col, mask=col < num_cols, other=0.0).to(tl.float32)[None, :]
@@ -95,9 +95,9 @@ def _logits(acc, col, row, target, bias_ptr, row_temp_ptr, num_rows, num_cols, n
 
 
 @triton.jit
-def _finish_tile(  # noqa: ANN202
-    acc, row, tile, target, kept, bias_ptr, row_temp_ptr, z_target_ptr, anchor_ptr, total_ptr, moment_ptr,  # noqa: ANN001
-    num_rows, num_cols, num_valid, inv_temp, softcap, first_row, BLOCK_M: tl.constexpr, SHIFT: tl.constexpr,  # noqa: ANN001
+def _finish_tile(
+    acc, row, tile, target, kept, bias_ptr, row_temp_ptr, z_target_ptr, anchor_ptr, total_ptr, moment_ptr,
+    num_rows, num_cols, num_valid, inv_temp, softcap, first_row, BLOCK_M: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """One tile of products [BLOCK_M, TILE] -> its statistics, and E; half by half, or registers spill."""
     HALF: tl.constexpr = TILE // 2
@@ -149,7 +149,7 @@ def head_forward_kernel(
     GROUP_M: tl.constexpr,
     SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # noqa: ANN202
+):
     """Persistent GEMM; the logits live in registers only. One K order, whatever the batch.
 
     The two tiles of a wide block are finished one after the other: both at once would spill.
@@ -201,7 +201,7 @@ def logits_forward_kernel(
     softcap,
     BLOCK_ROWS: tl.constexpr,
     TILES: tl.constexpr,
-):  # noqa: ANN202
+):
     """The same statistics of logits that exist already: one pass over them."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
@@ -228,7 +228,7 @@ def logits_forward_kernel(
 
 
 @triton.jit
-def _one_minus_exp(x):  # noqa: ANN001, ANN202
+def _one_minus_exp(x):
     """1 - exp(x) for x <= 0 without cancellation: a confident target's gradient keeps its digits."""
     series = x * (1.0 + x * (1.0 / 2 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120)))))
     return tl.where(x > -0.1, 0.0 - series, 1.0 - tl.exp(x))
@@ -257,7 +257,7 @@ def head_backward_kernel(
     softcap,
     BLOCK_ROWS: tl.constexpr,
     TILES: tl.constexpr,
-):  # noqa: ANN202
+):
     """d loss / d raw: inv_temperature * slope * (g (onehot - p) - g_entropy p (log p + entropy))."""
     inf = float("inf")
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)

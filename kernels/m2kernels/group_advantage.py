@@ -153,8 +153,8 @@ def group_advantage(
     if chosen == "torch":
         return _group_advantage_torch(reward, group, valid, baseline, scale, eps)
     ops = torch.ops.m2kernels
-    op = ops.group_advantage_triton if chosen == "triton" else ops.group_advantage
-    result: torch.Tensor = op(
+    registered = ops.group_advantage_triton if chosen == "triton" else ops.group_advantage
+    result: torch.Tensor = registered(
         reward.contiguous(),
         group.contiguous(),
         None if valid is None else valid.contiguous(),
