@@ -15,7 +15,7 @@ from triton_head_cases import (
 from triton_testing import interpreted
 
 import m2kernels as mk
-from m2kernels._head_kernels import HeadSettings
+from m2kernels._head_kernels import HeadSettings, TileStats, merge_tiles
 from m2kernels._triton import triton_head_reason
 
 pytest.importorskip("triton", reason="Triton is not installed: see `make test-triton`")
@@ -61,6 +61,28 @@ def test_a_target_that_is_out_of_reach():
     logp, _, _ = answer(case, torch.float64)
     assert float(logp[0]) < -75
     check_head(head(), case)
+
+
+def test_merge_equals_torch_on_hostile_tiles():
+    # Targets far below and far above the rest, absent ones, tiles without a column, a NaN, confident rows.
+    g = torch.Generator().manual_seed(0)
+    top = torch.randn(40, 70, generator=g) * 5
+    total = 1 + torch.rand(40, 70, generator=g) * 100
+    moment = -torch.rand(40, 70, generator=g) * total
+    target = torch.randn(40, generator=g)
+    target[:6] = torch.tensor([-2000.0, -900.0, 900.0, 30.0, 1e30, -torch.inf])
+    top[10:20] += 1000.0
+    target[10:20] += 1000.0
+    target[15:20] += 60.0  # logp near 0
+    top[7:9], total[7:9], moment[7:9] = -torch.inf, 0.0, 0.0
+    top[8, 3:5], total[8, 3:5] = 1.0, 2.0
+    total[9, 1] = float("nan")
+    stats = TileStats(target, top, total, moment)
+    want = merge_tiles(stats)
+    for layout in (stats, TileStats(target, *(x.t().contiguous().t() for x in stats[1:]))):
+        for a, b in zip(head().merge(layout), want, strict=True):
+            torch.testing.assert_close(a, b, rtol=3e-7, atol=1e-30, equal_nan=True)
+    assert head().merge(stats._replace(moment=None)).entropy is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -62,6 +62,9 @@ GEMM_CONFIGS = {
     torch.float16: replace(_HALF, shift=10.0),
     torch.float32: replace(_HALF, block_n=128, block_k=32, precision="tf32x3", num_stages=2),
 }
+FAR = 600.0
+"""z this far above the target's become the anchor of the merge; as in merge_tiles."""
+MERGE_CONFIG = {"BLOCK_ROWS": 16, "BLOCK_TILES": 64, "num_warps": 4}
 ROW_CONFIG = {"BLOCK_ROWS": 8, "TILES": 4, "num_warps": 4}
 
 
@@ -184,13 +187,32 @@ def grad_launch(
     """The launch that turns E (or, without `anchor`, logits) into the gradient of the raw logits."""
     row_temp, inv_temp = _temperature(settings)
     num_rows, cols = source.shape
-    args: tuple[Any, ...] = (source, dz, row_temp, target, z_target, anchor, rows.log_norm, rows.log_norm_low, rows.logp)
+    args: tuple[Any, ...] = (
+        source,
+        dz,
+        row_temp,
+        target,
+        z_target,
+        anchor,
+        rows.log_norm,
+        rows.log_norm_low,
+        rows.logp,
+    )
     if grad_entropy is None:
         args = (*args, None, grad_logp, None)
     else:
         args = (*args, rows.entropy, grad_logp, grad_entropy)
     args = (*args, num_rows, cols, settings.num_valid, source.stride(0), dz.stride(0), inv_temp, settings.softcap)
     return Launch(kernel=kernels.head_backward_kernel, grid=_row_grid(num_rows, cols), args=args, meta=ROW_CONFIG)
+
+
+def merge_launch(stats: TileStats, out: Tensor) -> Launch:
+    """The launch that turns tiles (fields [C, T], one layout for all) into rows: out f32 [4, C]."""
+    rows, tiles = stats.top.shape
+    args = (stats.z_target, stats.top, stats.total, stats.moment, out, rows, tiles, *stats.top.stride())
+    meta = {"FAR": FAR, **MERGE_CONFIG}
+    grid = (triton.cdiv(rows, MERGE_CONFIG["BLOCK_ROWS"]),)
+    return Launch(kernel=kernels.head_merge_kernel, grid=grid, args=args, meta=meta)
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -242,6 +264,16 @@ class TritonHead(HeadKernels):
         )
         launch.run(e.device)
         return e
+
+    def merge(self, stats: TileStats) -> RowStats:
+        """See :meth:`HeadKernels.merge`: one launch, nothing of the size of the tiles is made."""
+        if stats.total.stride() != stats.top.stride() or (
+            stats.moment is not None and stats.moment.stride() != stats.top.stride()
+        ):
+            stats = TileStats(stats.z_target, *(_dense(x) for x in stats[1:]))  # type: ignore[arg-type]
+        out = stats.top.new_empty(4, stats.top.shape[0])
+        merge_launch(stats, out).run(out.device)
+        return RowStats(out[0], out[1], out[2], None if stats.moment is None else out[3])
 
 
 class TritonLogits:
