@@ -90,11 +90,12 @@ def _mappable(matrix: Tensor) -> Tensor:
     return matrix if _aligned_rows(matrix) else matrix.clone(memory_format=torch.contiguous_format)
 
 
-def _temperature(settings: HeadSettings) -> tuple[Tensor | None, float]:
-    """(per row, scalar) inverse temperature; only one of them is read."""
+def _scaling(settings: HeadSettings) -> tuple[Tensor | None, float, float | None]:
+    """Inverse temperature per row, or (None, scalar), and the cap."""
+    softcap = None if settings.softcap is None else float(settings.softcap)
     if isinstance(settings.inv_temperature, Tensor):
-        return settings.inv_temperature.float().contiguous(), 1.0
-    return None, float(settings.inv_temperature)
+        return settings.inv_temperature.float().contiguous(), 1.0, softcap
+    return None, float(settings.inv_temperature), softcap
 
 
 def _new_statistics(like: Tensor, rows: int, cols: int, entropy: bool) -> TileStats:
@@ -123,7 +124,7 @@ def forward_launch(
     config = GEMM_CONFIGS[weight.dtype]
     (rows, dim), cols = hidden.shape, weight.shape[0]
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n)
-    row_temp, inv_temp = _temperature(settings)
+    row_temp, inv_temp, softcap = _scaling(settings)
 
     def describe(matrix: Tensor, block: list[int]) -> TensorDescriptor:
         return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)
@@ -141,7 +142,7 @@ def forward_launch(
         settings.num_valid,
         dim,
         inv_temp,
-        settings.softcap,
+        softcap,
     )
     meta = {
         "BLOCK_M": config.block_m,
@@ -162,13 +163,13 @@ def _row_grid(rows: int, cols: int) -> tuple[int, int]:
 
 def logits_launch(logits: Tensor, target: Tensor, settings: HeadSettings, stats: TileStats) -> Launch:
     """The launch that reduces logits [C, Vl] into `stats` ([T, C])."""
-    row_temp, inv_temp = _temperature(settings)
+    row_temp, inv_temp, softcap = _scaling(settings)
     rows, cols = logits.shape
     args = (logits, row_temp, target, *stats, rows, cols, settings.num_valid, logits.stride(0), inv_temp)
     return Launch(
         kernel=kernels.logits_forward_kernel,
         grid=_row_grid(rows, cols),
-        args=(*args, settings.softcap),
+        args=(*args, softcap),
         meta=ROW_CONFIG,
     )
 
@@ -185,7 +186,7 @@ def grad_launch(
     grad_entropy: Tensor | None,
 ) -> Launch:
     """The launch that turns E (or, without `anchor`, logits) into the gradient of the raw logits."""
-    row_temp, inv_temp = _temperature(settings)
+    row_temp, inv_temp, softcap = _scaling(settings)
     num_rows, cols = source.shape
     args: tuple[Any, ...] = (
         source,
@@ -202,7 +203,7 @@ def grad_launch(
         args = (*args, None, grad_logp, None)
     else:
         args = (*args, rows.entropy, grad_logp, grad_entropy)
-    args = (*args, num_rows, cols, settings.num_valid, source.stride(0), dz.stride(0), inv_temp, settings.softcap)
+    args = (*args, num_rows, cols, settings.num_valid, source.stride(0), dz.stride(0), inv_temp, softcap)
     return Launch(kernel=kernels.head_backward_kernel, grid=_row_grid(num_rows, cols), args=args, meta=ROW_CONFIG)
 
 

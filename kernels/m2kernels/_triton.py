@@ -45,7 +45,8 @@ def triton_reason(device_type: str | None = None, capability: tuple[int, int] = 
     return None
 
 
-def bf16_reason(dtype: torch.dtype | None) -> str | None:
+@torch.compiler.assume_constant_result
+def _bf16_reason(dtype: torch.dtype | None) -> str | None:
     """Triton's interpreter does integer arithmetic on bfloat16, and says nothing; the tests mend it."""
     if not interpreting() or dtype != torch.bfloat16:
         return None
@@ -60,7 +61,6 @@ ALIGNMENT = 16
 """Bytes: what a tensor map asks of its base and of its row stride."""
 
 
-@torch.compiler.assume_constant_result
 def triton_head_reason(hidden: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> str | None:
     """Why Triton cannot run the head here, or with GEMMs of `dtype` on hidden [N, D]; None if it can."""
     why = triton_reason(None if hidden is None else hidden.device.type, HEAD_CAPABILITY)
@@ -70,7 +70,7 @@ def triton_head_reason(hidden: torch.Tensor | None = None, dtype: torch.dtype | 
         return f"the computation is in {dtype}; the kernels take bfloat16, float16 and float32"
     if hidden.shape[1] * dtype.itemsize % ALIGNMENT:
         return f"hidden has {hidden.shape[1]} columns; expected a multiple of {ALIGNMENT // dtype.itemsize}"
-    return bf16_reason(dtype)
+    return _bf16_reason(dtype)
 
 
 def num_programs(device: torch.device) -> int:
