@@ -157,7 +157,7 @@ def head_rows(dtype: torch.dtype, entropy: bool, kept: bool, extras: bool, grad:
     row = RowStats(_meta(rows), _meta(rows), _meta(rows), _meta(rows) if entropy else None)
     anchor = stats.top if kept else None
     grad_entropy = _meta(rows) if entropy else None
-    return head.grad_launch(matrix, matrix, target, settings, stats.z_target, anchor, row, _meta(rows), grad_entropy)
+    return head.grad_launch(matrix, matrix, target, settings, anchor, row, _meta(rows), grad_entropy)
 
 
 def policy_cases() -> Iterator[Case]:

@@ -30,12 +30,6 @@ def head():
     return TritonHead()
 
 
-def logits_head():
-    from m2kernels._head_triton import TritonLogits
-
-    return TritonLogits()
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "extras"])
 @pytest.mark.parametrize("entropy", [False, True], ids=["logp", "entropy"])
@@ -144,28 +138,40 @@ def test_nothing_to_do_and_unaligned_views():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("in_place", [False, True], ids=["new", "in_place"])
-def test_logits(dtype, in_place):
+def test_logits(dtype):
     # The same problem with its logits made first: an identity GEMM turns them into a head's case.
     case = make_case(torch.float32, 37, 72, 650)
     wide = torch.zeros(37, 700, dtype=dtype)
     logits = wide[:, :650]
     logits.copy_(case.hidden @ case.weight.t())
     temperature = 0.5 + torch.rand(37)
-    settings = HeadSettings(bias=None, inv_temperature=temperature, softcap=None, num_valid=650)
+    settings = HeadSettings(bias=None, inv_temperature=temperature, softcap=15.0, num_valid=650)
     same = HeadCase(
         hidden=logits.clone(), weight=torch.eye(650, dtype=dtype), target=case.target, settings=settings,
         grad_logp=case.grad_logp, grad_entropy=case.grad_entropy,
     )  # fmt: skip
-    stats = logits_head().forward(logits, case.target, settings, entropy=True)
-    check_statistics(head(), same, stats, eps=1e-6)
+    check_statistics(head(), same, head().tile_stats(logits, case.target, settings, entropy=True), eps=1e-6)
     rows = oracle_rows(same)
-    out = logits if in_place else None
-    dz = logits_head().grad(
-        logits, case.target, settings, stats.z_target, rows, case.grad_logp, case.grad_entropy, out
-    )
-    assert (dz.data_ptr() == logits.data_ptr()) == in_place
+    dz = head().logits_grad(logits, case.target, settings, rows, case.grad_logp, case.grad_entropy)
     check_gradient(same, dz, eps=1e-6)
+
+
+def test_logprob_end_to_end():
+    case = make_case(torch.float32, 37, 72, 650)
+    target = case.target.clamp(min=0)
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("torch", torch.float32), ("torch", torch.float64)):
+        logits = (case.hidden @ case.weight.t()).to(dtype).requires_grad_()
+        if dtype == torch.float64:
+            logp = torch.log_softmax(logits / 0.7, 1)
+            entropy = -(logp.exp() * logp).sum(1)
+            logp = logp.gather(1, target[:, None])[:, 0]
+        else:
+            logp, entropy = mk.logprob(logits, target, temperature=0.7, entropy=True, backend=backend)
+        ((logp * case.grad_logp).sum() + (entropy * case.grad_entropy).sum()).backward()
+        results.append((logp.detach(), entropy.detach(), logits.grad))
+    for name, *values in zip(("logp", "entropy", "logits"), *results, strict=True):
+        assert_kernel(name, *values, eps=1e-6)
 
 
 def test_why_triton_cannot_run():

@@ -73,7 +73,6 @@ class KeptTiles:
     """What forward leaves for grad: E [C, Vl], rows padded to 128 bytes, and what it is relative to."""
 
     scratch: Tensor
-    z_target: Tensor
     anchor: Tensor  # [T, C]
 
 
@@ -179,7 +178,6 @@ def grad_launch(
     dz: Tensor,
     target: Tensor,
     settings: HeadSettings,
-    z_target: Tensor,
     anchor: Tensor | None,
     rows: RowStats,
     grad_logp: Tensor,
@@ -193,7 +191,6 @@ def grad_launch(
         dz,
         row_temp,
         target,
-        z_target,
         anchor,
         rows.log_norm,
         rows.log_norm_low,
@@ -247,7 +244,7 @@ class TritonHead(HeadKernels):
             forward_launch(hidden, weight, target, settings, stats, scratch, programs).run(hidden.device)
         if scratch is None:
             return _by_row(stats), None
-        return _by_row(stats), KeptTiles(scratch=scratch, z_target=stats.z_target, anchor=stats.top)
+        return _by_row(stats), KeptTiles(scratch=scratch, anchor=stats.top)
 
     def grad(
         self,
@@ -260,11 +257,32 @@ class TritonHead(HeadKernels):
     ) -> Tensor:
         """See :meth:`HeadKernels.grad`; the result lies in the memory of E."""
         e, grads = kept.scratch, (grad_logp.contiguous(), _dense(grad_entropy))
-        launch = grad_launch(
-            e, e, target.contiguous(), settings, kept.z_target, kept.anchor, _dense_rows(rows), *grads
-        )
+        launch = grad_launch(e, e, target.contiguous(), settings, kept.anchor, _dense_rows(rows), *grads)
         launch.run(e.device)
         return e
+
+    def tile_stats(self, logits: Tensor, target: Tensor, settings: HeadSettings, *, entropy: bool) -> TileStats:
+        """Statistics of logits [C, Vl], rows dense, that are there already: one pass over them."""
+        assert settings.bias is None, "logits hold their bias already"
+        rows, cols = logits.shape
+        stats = _new_statistics(logits, rows, cols, entropy)
+        logits_launch(logits, target.contiguous(), settings, stats).run(logits.device)
+        return _by_row(stats)
+
+    def logits_grad(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        settings: HeadSettings,
+        rows: RowStats,
+        grad_logp: Tensor,
+        grad_entropy: Tensor | None,
+    ) -> Tensor:
+        """Gradient of logits [C, Vl], a new dense tensor of their dtype: one pass."""
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        grads = (grad_logp.contiguous(), _dense(grad_entropy))
+        grad_launch(logits, out, target.contiguous(), settings, None, _dense_rows(rows), *grads).run(logits.device)
+        return out
 
     def merge(self, stats: TileStats) -> RowStats:
         """See :meth:`HeadKernels.merge`: one launch, nothing of the size of the tiles is made."""
@@ -275,35 +293,3 @@ class TritonHead(HeadKernels):
         out = stats.top.new_empty(4, stats.top.shape[0])
         merge_launch(stats, out).run(out.device)
         return RowStats(out[0], out[1], out[2], None if stats.moment is None else out[3])
-
-
-class TritonLogits:
-    """The same statistics and gradient for logits that exist already."""
-
-    tile: int = TILE
-
-    def forward(self, logits: Tensor, target: Tensor, settings: HeadSettings, *, entropy: bool) -> TileStats:
-        """logits [C, Vl] of any float dtype up to float32, rows dense -> statistics."""
-        assert settings.bias is None, "logits hold their bias already"
-        rows, cols = logits.shape
-        stats = _new_statistics(logits, rows, cols, entropy)
-        logits_launch(logits, target.contiguous(), settings, stats).run(logits.device)
-        return _by_row(stats)
-
-    def grad(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        settings: HeadSettings,
-        z_target: Tensor,
-        rows: RowStats,
-        grad_logp: Tensor,
-        grad_entropy: Tensor | None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """Gradient of the logits, into `out` (the logits themselves: in place) or a new tensor."""
-        out = torch.empty_like(logits) if out is None else out
-        grads = (grad_logp.contiguous(), _dense(grad_entropy))
-        launch = grad_launch(logits, out, target.contiguous(), settings, z_target, None, _dense_rows(rows), *grads)
-        launch.run(logits.device)
-        return out

@@ -240,7 +240,6 @@ def head_backward_kernel(
     dz_ptr,  # like source; may be the same memory
     row_temp_ptr,
     target_ptr,
-    z_target_ptr,
     anchor_ptr,  # f32 [num_tiles, num_rows], or None: source holds logits
     log_norm_ptr,  # f32 [num_rows], and so its low part, logp, entropy, both gradients
     log_norm_low_ptr,
@@ -303,8 +302,7 @@ def head_backward_kernel(
     else:
         idle = grad == 0.0
     if softcap is not None:
-        z_target = tl.load(z_target_ptr + row, mask=live, other=0.0)
-        z = tl.where(hit, z_target[:, None, None], tl.where(p == 0.0, 0.0, log_p + log_norm[:, None, None]))
+        z = tl.where(log_p == -inf, 0.0, log_p + log_norm[:, None, None])
         t = z / (scale[:, None, None] * softcap)
         dz *= 1.0 - t * t
     dz *= scale[:, None, None]
