@@ -61,6 +61,7 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
+.PRECIOUS: .triton/%/.done
 .triton/%/.done:
 	$(PIP) --no-deps --target $(@D) triton==$*
 	touch $@

@@ -27,7 +27,7 @@ from triton.runtime import driver
 from m2kernels import _group_advantage_triton as group_advantage
 from m2kernels import _head_triton as head
 from m2kernels import _policy_loss_triton as policy_loss
-from m2kernels._head_kernels import HeadSettings, RowStats
+from m2kernels._head_kernels import HeadSettings, RowStats, TileStats
 from m2kernels._triton import Launch
 from m2kernels.policy_loss import KINDS, KLS
 
@@ -157,7 +157,7 @@ def head_rows(dtype: torch.dtype, entropy: bool, kept: bool, extras: bool, grad:
     row = RowStats(_meta(rows), _meta(rows), _meta(rows), _meta(rows) if entropy else None)
     anchor = stats.top if kept else None
     grad_entropy = _meta(rows) if entropy else None
-    return head.grad_launch(matrix, matrix, target, settings, stats.z_target, anchor, row, _meta(rows), grad_entropy)
+    return head.grad_launch(matrix, matrix, target, settings, anchor, row, _meta(rows), grad_entropy)
 
 
 def policy_cases() -> Iterator[Case]:
@@ -195,6 +195,7 @@ def cases() -> Iterator[Case]:
     """Every kernel in every shipped configuration."""
     yield from advantage_cases()
     yield from policy_cases()
+    yield from merge_cases()
     for dtype in head.GEMM_CONFIGS:
         short = str(dtype).removeprefix("torch.")
         for entropy in (False, True):
@@ -208,6 +209,14 @@ def cases() -> Iterator[Case]:
                 yield Case(f"head_backward {tag}", head_rows(dtype, entropy, True, extras, True))
                 yield Case(f"logits_backward {tag}", head_rows(dtype, entropy, False, extras, True))
                 yield Case(f"logits_forward {tag}", head_rows(dtype, entropy, False, extras, False))
+
+
+def merge_cases() -> Iterator[Case]:
+    """The merge of tiles, with and without entropy."""
+    for moments in (False, True):
+        tiles = [_meta(1188, 4096).t() for _ in range(2 + moments)]
+        stats = TileStats(_meta(4096), tiles[0], tiles[1], tiles[2] if moments else None)
+        yield Case("head_merge" + " entropy" * moments, head.merge_launch(stats, _meta(4, 4096)))
 
 
 def _with_meta(launch: Launch, **changes: Any) -> Launch:

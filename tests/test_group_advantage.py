@@ -85,12 +85,14 @@ def test_groups_sum_to_zero_in_any_order(pairs):
         assert abs(float(out[group == g].sum())) < 1e-5
 
 
-def test_opcheck_and_compile():
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "torch" and device_of(b) == "cpu"])
+def test_opcheck_and_compile(backend):
     reward, group = torch.randn(10), torch.arange(10) % 3
     args = (reward, group, torch.rand(10) > 0.2, True, True, 1e-6)
-    torch.library.opcheck(torch.ops.m2kernels.group_advantage, args)
+    ops = torch.ops.m2kernels
+    torch.library.opcheck(ops.group_advantage_triton if backend == "triton" else ops.group_advantage, args)
     compiled = torch.compile(mk.group_advantage, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(reward, group), mk.group_advantage(reward, group))
+    assert torch.equal(compiled(reward, group, backend=backend), mk.group_advantage(reward, group))
 
 
 def test_reward_is_a_constant():

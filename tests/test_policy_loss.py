@@ -18,6 +18,7 @@ from m2kernels.policy_loss import unsupported_reason
 
 BACKENDS = [b for b in ("cpu", "torch", "cuda", "triton") if unsupported_reason(b) is None]
 KERNELS = [b for b in BACKENDS if b != "torch"]
+ON_CPU = [b for b in KERNELS if device_of(b) == "cpu"]
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -239,23 +240,28 @@ def test_every_other_instruction_set(isa):
     assert out.stdout.strip() in ((isa,) if isa == "baseline" else (isa, "cannot"))
 
 
+def op(backend, suffix):
+    return getattr(torch.ops.m2kernels, f"policy_loss_{'triton_' if backend == 'triton' else ''}{suffix}")
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(requires_grad):
+def test_opcheck(requires_grad, backend):
     case = make_case(LENGTHS, poison=False)
     logp = case["logp"].requires_grad_(requires_grad)
     entropy = case["entropy"].requires_grad_(requires_grad)
     tensors = [logp, case["old_logp"], case["advantage"], case["seq"], case["mask"], entropy]
     tensors += [case["rollout_logp"], case["ref_logp"]]
     args = (*tensors, 1, 3, 0.2, 0.28, math.inf, 0.1, 0.2, 1.1, True, False, 10.0)
-    torch.library.opcheck(torch.ops.m2kernels.policy_loss_fwd, args)
+    torch.library.opcheck(op(backend, "fwd"), args)
     tensors = [logp, None, case["advantage"], case["seq"], None, None, None, None]
     plain = (*tensors, 0, 0, 0.2, 0.28, math.inf, 0.0, 0.0, math.inf, False, False, 10.0)
-    torch.library.opcheck(torch.ops.m2kernels.policy_loss_fwd, plain)
+    torch.library.opcheck(op(backend, "fwd"), plain)
     bwd = (torch.tensor(2.0), torch.randn(5), torch.randn(0))
-    torch.library.opcheck(torch.ops.m2kernels.policy_loss_bwd, bwd)
+    torch.library.opcheck(op(backend, "bwd"), bwd)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("backend", [*ON_CPU, "torch"])
 def test_compile_fullgraph(backend):
     spec = mk.LossSpec(kind="gspo", kl="k3", kl_coef=0.1, entropy_coef=0.1, tis_cap=1.5)
     case = make_case(LENGTHS)

@@ -15,7 +15,7 @@ from triton_head_cases import (
 from triton_testing import interpreted
 
 import m2kernels as mk
-from m2kernels._head_kernels import HeadSettings
+from m2kernels._head_kernels import HeadSettings, TileStats, merge_tiles
 from m2kernels._triton import triton_head_reason
 
 pytest.importorskip("triton", reason="Triton is not installed: see `make test-triton`")
@@ -28,12 +28,6 @@ def head():
     from m2kernels._head_triton import TritonHead
 
     return TritonHead()
-
-
-def logits_head():
-    from m2kernels._head_triton import TritonLogits
-
-    return TritonLogits()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -61,6 +55,28 @@ def test_a_target_that_is_out_of_reach():
     logp, _, _ = answer(case, torch.float64)
     assert float(logp[0]) < -75
     check_head(head(), case)
+
+
+def test_merge_equals_torch_on_hostile_tiles():
+    # Targets far below and far above the rest, absent ones, tiles without a column, a NaN, confident rows.
+    g = torch.Generator().manual_seed(0)
+    top = torch.randn(40, 70, generator=g) * 5
+    total = 1 + torch.rand(40, 70, generator=g) * 100
+    moment = -torch.rand(40, 70, generator=g) * total
+    target = torch.randn(40, generator=g)
+    target[:6] = torch.tensor([-2000.0, -900.0, 900.0, 30.0, 1e30, -torch.inf])
+    top[10:20] += 1000.0
+    target[10:20] += 1000.0
+    target[15:20] += 60.0  # logp near 0
+    top[7:9], total[7:9], moment[7:9] = -torch.inf, 0.0, 0.0
+    top[8, 3:5], total[8, 3:5] = 1.0, 2.0
+    total[9, 1] = float("nan")
+    stats = TileStats(target, top, total, moment)
+    want = merge_tiles(stats)
+    for layout in (stats, TileStats(target, *(x.t().contiguous().t() for x in stats[1:]))):
+        for a, b in zip(head().merge(layout), want, strict=True):
+            torch.testing.assert_close(a, b, rtol=3e-7, atol=1e-30, equal_nan=True)
+    assert head().merge(stats._replace(moment=None)).entropy is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,28 +138,40 @@ def test_nothing_to_do_and_unaligned_views():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("in_place", [False, True], ids=["new", "in_place"])
-def test_logits(dtype, in_place):
+def test_logits(dtype):
     # The same problem with its logits made first: an identity GEMM turns them into a head's case.
     case = make_case(torch.float32, 37, 72, 650)
     wide = torch.zeros(37, 700, dtype=dtype)
     logits = wide[:, :650]
     logits.copy_(case.hidden @ case.weight.t())
     temperature = 0.5 + torch.rand(37)
-    settings = HeadSettings(bias=None, inv_temperature=temperature, softcap=None, num_valid=650)
+    settings = HeadSettings(bias=None, inv_temperature=temperature, softcap=15.0, num_valid=650)
     same = HeadCase(
         hidden=logits.clone(), weight=torch.eye(650, dtype=dtype), target=case.target, settings=settings,
         grad_logp=case.grad_logp, grad_entropy=case.grad_entropy,
     )  # fmt: skip
-    stats = logits_head().forward(logits, case.target, settings, entropy=True)
-    check_statistics(head(), same, stats, eps=1e-6)
+    check_statistics(head(), same, head().tile_stats(logits, case.target, settings, entropy=True), eps=1e-6)
     rows = oracle_rows(same)
-    out = logits if in_place else None
-    dz = logits_head().grad(
-        logits, case.target, settings, stats.z_target, rows, case.grad_logp, case.grad_entropy, out
-    )
-    assert (dz.data_ptr() == logits.data_ptr()) == in_place
+    dz = head().logits_grad(logits, case.target, settings, rows, case.grad_logp, case.grad_entropy)
     check_gradient(same, dz, eps=1e-6)
+
+
+def test_logprob_end_to_end():
+    case = make_case(torch.float32, 37, 72, 650)
+    target = case.target.clamp(min=0)
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("torch", torch.float32), ("torch", torch.float64)):
+        logits = (case.hidden @ case.weight.t()).to(dtype).requires_grad_()
+        if dtype == torch.float64:
+            logp = torch.log_softmax(logits / 0.7, 1)
+            entropy = -(logp.exp() * logp).sum(1)
+            logp = logp.gather(1, target[:, None])[:, 0]
+        else:
+            logp, entropy = mk.logprob(logits, target, temperature=0.7, entropy=True, backend=backend)
+        ((logp * case.grad_logp).sum() + (entropy * case.grad_entropy).sum()).backward()
+        results.append((logp.detach(), entropy.detach(), logits.grad))
+    for name, *values in zip(("logp", "entropy", "logits"), *results, strict=True):
+        assert_kernel(name, *values, eps=1e-6)
 
 
 def test_why_triton_cannot_run():

@@ -62,6 +62,9 @@ GEMM_CONFIGS = {
     torch.float16: replace(_HALF, shift=10.0),
     torch.float32: replace(_HALF, block_n=128, block_k=32, precision="tf32x3", num_stages=2),
 }
+FAR = 600.0
+"""z this far above the target's become the anchor of the merge; as in merge_tiles."""
+MERGE_CONFIG = {"BLOCK_ROWS": 16, "BLOCK_TILES": 64, "num_warps": 4}
 ROW_CONFIG = {"BLOCK_ROWS": 8, "TILES": 4, "num_warps": 4}
 
 
@@ -70,7 +73,6 @@ class KeptTiles:
     """What forward leaves for grad: E [C, Vl], rows padded to 128 bytes, and what it is relative to."""
 
     scratch: Tensor
-    z_target: Tensor
     anchor: Tensor  # [T, C]
 
 
@@ -87,11 +89,12 @@ def _mappable(matrix: Tensor) -> Tensor:
     return matrix if _aligned_rows(matrix) else matrix.clone(memory_format=torch.contiguous_format)
 
 
-def _temperature(settings: HeadSettings) -> tuple[Tensor | None, float]:
-    """(per row, scalar) inverse temperature; only one of them is read."""
+def _scaling(settings: HeadSettings) -> tuple[Tensor | None, float, float | None]:
+    """Inverse temperature per row, or (None, scalar), and the cap."""
+    softcap = None if settings.softcap is None else float(settings.softcap)
     if isinstance(settings.inv_temperature, Tensor):
-        return settings.inv_temperature.float().contiguous(), 1.0
-    return None, float(settings.inv_temperature)
+        return settings.inv_temperature.float().contiguous(), 1.0, softcap
+    return None, float(settings.inv_temperature), softcap
 
 
 def _new_statistics(like: Tensor, rows: int, cols: int, entropy: bool) -> TileStats:
@@ -120,7 +123,7 @@ def forward_launch(
     config = GEMM_CONFIGS[weight.dtype]
     (rows, dim), cols = hidden.shape, weight.shape[0]
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n)
-    row_temp, inv_temp = _temperature(settings)
+    row_temp, inv_temp, softcap = _scaling(settings)
 
     def describe(matrix: Tensor, block: list[int]) -> TensorDescriptor:
         return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)
@@ -138,7 +141,7 @@ def forward_launch(
         settings.num_valid,
         dim,
         inv_temp,
-        settings.softcap,
+        softcap,
     )
     meta = {
         "BLOCK_M": config.block_m,
@@ -159,13 +162,13 @@ def _row_grid(rows: int, cols: int) -> tuple[int, int]:
 
 def logits_launch(logits: Tensor, target: Tensor, settings: HeadSettings, stats: TileStats) -> Launch:
     """The launch that reduces logits [C, Vl] into `stats` ([T, C])."""
-    row_temp, inv_temp = _temperature(settings)
+    row_temp, inv_temp, softcap = _scaling(settings)
     rows, cols = logits.shape
     args = (logits, row_temp, target, *stats, rows, cols, settings.num_valid, logits.stride(0), inv_temp)
     return Launch(
         kernel=kernels.logits_forward_kernel,
         grid=_row_grid(rows, cols),
-        args=(*args, settings.softcap),
+        args=(*args, softcap),
         meta=ROW_CONFIG,
     )
 
@@ -175,22 +178,39 @@ def grad_launch(
     dz: Tensor,
     target: Tensor,
     settings: HeadSettings,
-    z_target: Tensor,
     anchor: Tensor | None,
     rows: RowStats,
     grad_logp: Tensor,
     grad_entropy: Tensor | None,
 ) -> Launch:
     """The launch that turns E (or, without `anchor`, logits) into the gradient of the raw logits."""
-    row_temp, inv_temp = _temperature(settings)
+    row_temp, inv_temp, softcap = _scaling(settings)
     num_rows, cols = source.shape
-    args: tuple[Any, ...] = (source, dz, row_temp, target, z_target, anchor, rows.log_norm, rows.log_norm_low, rows.logp)
+    args: tuple[Any, ...] = (
+        source,
+        dz,
+        row_temp,
+        target,
+        anchor,
+        rows.log_norm,
+        rows.log_norm_low,
+        rows.logp,
+    )
     if grad_entropy is None:
         args = (*args, None, grad_logp, None)
     else:
         args = (*args, rows.entropy, grad_logp, grad_entropy)
-    args = (*args, num_rows, cols, settings.num_valid, source.stride(0), dz.stride(0), inv_temp, settings.softcap)
+    args = (*args, num_rows, cols, settings.num_valid, source.stride(0), dz.stride(0), inv_temp, softcap)
     return Launch(kernel=kernels.head_backward_kernel, grid=_row_grid(num_rows, cols), args=args, meta=ROW_CONFIG)
+
+
+def merge_launch(stats: TileStats, out: Tensor) -> Launch:
+    """The launch that turns tiles (fields [C, T], one layout for all) into rows: out f32 [4, C]."""
+    rows, tiles = stats.top.shape
+    args = (stats.z_target, stats.top, stats.total, stats.moment, out, rows, tiles, *stats.top.stride())
+    meta = {"FAR": FAR, **MERGE_CONFIG}
+    grid = (triton.cdiv(rows, MERGE_CONFIG["BLOCK_ROWS"]),)
+    return Launch(kernel=kernels.head_merge_kernel, grid=grid, args=args, meta=meta)
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -224,7 +244,7 @@ class TritonHead(HeadKernels):
             forward_launch(hidden, weight, target, settings, stats, scratch, programs).run(hidden.device)
         if scratch is None:
             return _by_row(stats), None
-        return _by_row(stats), KeptTiles(scratch=scratch, z_target=stats.z_target, anchor=stats.top)
+        return _by_row(stats), KeptTiles(scratch=scratch, anchor=stats.top)
 
     def grad(
         self,
@@ -237,40 +257,39 @@ class TritonHead(HeadKernels):
     ) -> Tensor:
         """See :meth:`HeadKernels.grad`; the result lies in the memory of E."""
         e, grads = kept.scratch, (grad_logp.contiguous(), _dense(grad_entropy))
-        launch = grad_launch(
-            e, e, target.contiguous(), settings, kept.z_target, kept.anchor, _dense_rows(rows), *grads
-        )
+        launch = grad_launch(e, e, target.contiguous(), settings, kept.anchor, _dense_rows(rows), *grads)
         launch.run(e.device)
         return e
 
-
-class TritonLogits:
-    """The same statistics and gradient for logits that exist already."""
-
-    tile: int = TILE
-
-    def forward(self, logits: Tensor, target: Tensor, settings: HeadSettings, *, entropy: bool) -> TileStats:
-        """logits [C, Vl] of any float dtype up to float32, rows dense -> statistics."""
+    def tile_stats(self, logits: Tensor, target: Tensor, settings: HeadSettings, *, entropy: bool) -> TileStats:
+        """Statistics of logits [C, Vl], rows dense, that are there already: one pass over them."""
         assert settings.bias is None, "logits hold their bias already"
         rows, cols = logits.shape
         stats = _new_statistics(logits, rows, cols, entropy)
         logits_launch(logits, target.contiguous(), settings, stats).run(logits.device)
         return _by_row(stats)
 
-    def grad(
+    def logits_grad(
         self,
         logits: Tensor,
         target: Tensor,
         settings: HeadSettings,
-        z_target: Tensor,
         rows: RowStats,
         grad_logp: Tensor,
         grad_entropy: Tensor | None,
-        out: Tensor | None = None,
     ) -> Tensor:
-        """Gradient of the logits, into `out` (the logits themselves: in place) or a new tensor."""
-        out = torch.empty_like(logits) if out is None else out
+        """Gradient of logits [C, Vl], a new dense tensor of their dtype: one pass."""
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
         grads = (grad_logp.contiguous(), _dense(grad_entropy))
-        launch = grad_launch(logits, out, target.contiguous(), settings, z_target, None, _dense_rows(rows), *grads)
-        launch.run(logits.device)
+        grad_launch(logits, out, target.contiguous(), settings, None, _dense_rows(rows), *grads).run(logits.device)
         return out
+
+    def merge(self, stats: TileStats) -> RowStats:
+        """See :meth:`HeadKernels.merge`: one launch, nothing of the size of the tiles is made."""
+        if stats.total.stride() != stats.top.stride() or (
+            stats.moment is not None and stats.moment.stride() != stats.top.stride()
+        ):
+            stats = TileStats(stats.z_target, *(_dense(x) for x in stats[1:]))  # type: ignore[arg-type]
+        out = stats.top.new_empty(4, stats.top.shape[0])
+        merge_launch(stats, out).run(out.device)
+        return RowStats(out[0], out[1], out[2], None if stats.moment is None else out[3])

@@ -240,7 +240,6 @@ def head_backward_kernel(
     dz_ptr,  # like source; may be the same memory
     row_temp_ptr,
     target_ptr,
-    z_target_ptr,
     anchor_ptr,  # f32 [num_tiles, num_rows], or None: source holds logits
     log_norm_ptr,  # f32 [num_rows], and so its low part, logp, entropy, both gradients
     log_norm_low_ptr,
@@ -303,11 +302,75 @@ def head_backward_kernel(
     else:
         idle = grad == 0.0
     if softcap is not None:
-        z_target = tl.load(z_target_ptr + row, mask=live, other=0.0)
-        z = tl.where(hit, z_target[:, None, None], tl.where(p == 0.0, 0.0, log_p + log_norm[:, None, None]))
+        z = tl.where(log_p == -inf, 0.0, log_p + log_norm[:, None, None])
         t = z / (scale[:, None, None] * softcap)
         dz *= 1.0 - t * t
     dz *= scale[:, None, None]
     dz = tl.where(idle[:, None, None], 0.0, dz)
     out = row.to(tl.int64)[:, None, None] * dz_stride + col
     tl.store(dz_ptr + out, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) of x >= 0 to full precision: what rounding took from 1 + x is put back by the quotient."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def head_merge_kernel(
+    z_target_ptr,  # f32 [num_rows]
+    anchor_ptr,  # f32 [num_rows, num_tiles], any strides; total and moment alike
+    total_ptr,
+    moment_ptr,  # or None
+    out_ptr,  # f32 [4, num_rows]: log_norm, its low part, logp, entropy
+    num_rows,
+    num_tiles,
+    row_stride,
+    tile_stride,
+    FAR: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    """Tiles of the whole vocabulary -> rows, in double: the maths of merge_tiles in _head_kernels.py."""
+    inf = float("inf")
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    live = row < num_rows
+    own_z = tl.load(z_target_ptr + row, mask=live, other=0.0).to(tl.float64)
+    top = tl.full((BLOCK_ROWS, BLOCK_TILES), -inf, tl.float32)
+    for first in range(0, num_tiles, BLOCK_TILES):
+        tile = first + tl.arange(0, BLOCK_TILES)
+        inside = live[:, None] & (tile < num_tiles)[None, :]
+        at = row.to(tl.int64)[:, None] * row_stride + tile[None, :] * tile_stride
+        top = tl.maximum(top, tl.load(anchor_ptr + at, mask=inside, other=-inf))
+    largest = tl.max(top, 1).to(tl.float64)
+    near = largest - own_z <= FAR
+    zero = tl.where(near, own_z, largest)
+    others = tl.zeros((BLOCK_ROWS, BLOCK_TILES), tl.float64)
+    weighted = tl.zeros((BLOCK_ROWS, BLOCK_TILES), tl.float64)
+    for first in range(0, num_tiles, BLOCK_TILES):
+        tile = first + tl.arange(0, BLOCK_TILES)
+        inside = live[:, None] & (tile < num_tiles)[None, :]
+        at = row.to(tl.int64)[:, None] * row_stride + tile[None, :] * tile_stride
+        total = tl.load(total_ptr + at, mask=inside, other=0.0).to(tl.float64)
+        anchor = tl.load(anchor_ptr + at, mask=inside, other=0.0).to(tl.float64)
+        shift = tl.where(total == 0.0, 0.0, anchor - zero[:, None])
+        scale = tl.exp(shift)
+        others += scale * total
+        if moment_ptr is not None:
+            moment = tl.load(moment_ptr + at, mask=inside, other=0.0).to(tl.float64)
+            weighted += tl.where(total == 0.0, 0.0, scale * (moment + shift * total))
+    rest = tl.sum(others, 1)
+    below = tl.where(near, 0.0, own_z - zero)
+    own = tl.exp(below)
+    log_sum = tl.where(near, _log1p(rest), tl.log(own + rest))
+    log_norm = zero + log_sum
+    high = log_norm.to(tl.float32)
+    low = tl.where((high == inf) | (high == -inf), 0.0, log_norm - high.to(tl.float64))
+    tl.store(out_ptr + row, high, mask=live)
+    tl.store(out_ptr + num_rows + row, low.to(tl.float32), mask=live)
+    tl.store(out_ptr + 2 * num_rows + row, (below - log_sum).to(tl.float32), mask=live)
+    if moment_ptr is not None:
+        mean = (tl.sum(weighted, 1) + tl.where(own == 0.0, 0.0, own * below)) / (own + rest)
+        tl.store(out_ptr + 3 * num_rows + row, (log_sum - mean).to(tl.float32), mask=live)

@@ -45,7 +45,8 @@ def triton_reason(device_type: str | None = None, capability: tuple[int, int] = 
     return None
 
 
-def bf16_reason(dtype: torch.dtype | None) -> str | None:
+@torch.compiler.assume_constant_result
+def _bf16_reason(dtype: torch.dtype | None) -> str | None:
     """Triton's interpreter does integer arithmetic on bfloat16, and says nothing; the tests mend it."""
     if not interpreting() or dtype != torch.bfloat16:
         return None
@@ -54,23 +55,33 @@ def bf16_reason(dtype: torch.dtype | None) -> str | None:
     return None if getattr(interpreter, "BF16_IS_MENDED", False) else "Triton's interpreter is wrong in bfloat16"
 
 
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_CAPABILITY = (9, 0)
 """The head's tiles need Hopper's shared memory, and are made for its tensor maps and wgmma."""
 ALIGNMENT = 16
 """Bytes: what a tensor map asks of its base and of its row stride."""
 
 
-@torch.compiler.assume_constant_result
 def triton_head_reason(hidden: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> str | None:
     """Why Triton cannot run the head here, or with GEMMs of `dtype` on hidden [N, D]; None if it can."""
     why = triton_reason(None if hidden is None else hidden.device.type, HEAD_CAPABILITY)
     if why is not None or hidden is None or dtype is None:
         return why
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if dtype not in _FLOATS:
         return f"the computation is in {dtype}; the kernels take bfloat16, float16 and float32"
     if hidden.shape[1] * dtype.itemsize % ALIGNMENT:
         return f"hidden has {hidden.shape[1]} columns; expected a multiple of {ALIGNMENT // dtype.itemsize}"
-    return bf16_reason(dtype)
+    return _bf16_reason(dtype)
+
+
+def triton_logits_reason(logits: torch.Tensor | None = None) -> str | None:
+    """Why Triton cannot reduce logits here, or these; None if it can."""
+    why = triton_reason(None if logits is None else logits.device.type, HEAD_CAPABILITY)
+    if why is not None or logits is None:
+        return why
+    if logits.dtype not in _FLOATS:
+        return f"logits are {logits.dtype}; the kernels take bfloat16, float16 and float32"
+    return _bf16_reason(logits.dtype)
 
 
 def num_programs(device: torch.device) -> int:

@@ -14,6 +14,7 @@ from m2kernels._check import INTEGERS, check_device, check_dtype, check_vector
 from m2kernels._head import HEAD_BACKENDS, VocabGroup, head_kernels, head_reason
 from m2kernels._head_check import FLOATS, check_ids, check_temperature, group_name
 from m2kernels._head_kernels import HeadSettings, RowStats
+from m2kernels._triton import triton_logits_reason
 from m2kernels.linear_logprob import LogProb
 
 _OP = "logprob"
@@ -27,7 +28,7 @@ def unsupported_reason(
 ) -> str | None:
     """Why `backend` (triton | cpu | torch) cannot run here, or on these logits; None if it can."""
     if backend == "triton":
-        return "the Triton kernels make their logits themselves: mk.linear_logprob"
+        return triton_logits_reason(logits)
     return head_reason(backend, logits, dtype)
 
 
@@ -135,7 +136,7 @@ def logprob(
         entropy: also return the entropy, differentiable as well.
         tp_group: process group that the vocabulary is sharded over.
         vocab_start: global id of this shard's first column.
-        backend: auto | cpu | torch.
+        backend: auto | triton | cpu | torch.
 
     Returns:
         LogProb(logp, entropy), float32 [M], differentiable once in the logits.
