@@ -12,15 +12,26 @@ SOURCES := $(shell find csrc kernels m2train -type f \( -name '*.cpp' -o -name '
 MODULES := $(shell find m2train kernels/m2kernels -name '*.py' | sort | cksum | cut -d' ' -f1)
 NATIVE  := $(VENV)/.native-$(MODULES)
 
-.PHONY: demo test test-all setup lint types check-sm90 wheel wheel-check gpu-check clean
+# Triton beside the environment, never in it: vLLM and torch.compile on a CPU behave otherwise when they find one.
+# 3.6.0 is what torch 2.10 and 2.11 pin, 3.7.1 what 2.13 does. The last is the one that the tests run.
+TRITONS     := 3.6.0 3.7.1
+TRITON_TEST := .triton/$(lastword $(TRITONS))
+
+.PHONY: demo test test-all test-triton setup lint types check-sm90 check-sm90-cuda check-sm90-triton
+.PHONY: wheel wheel-check gpu-check gpu-wheels clean
 demo: setup
 	$(VENV)/bin/m2train train recipes/demo.toml --run-dir runs/demo-$(SEED) --set seed=$(SEED) --restart
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev test-triton
 	$(PY) -m pytest -q -m "not slow"
 
-test-all: $(VENV)/.dev
+test-all: $(VENV)/.dev test-triton
 	$(PY) -m pytest -q
+
+# The Triton kernels in Triton's interpreter, on CPU tensors: a process of its own, for the mode is fixed at import.
+test-triton: $(VENV)/.dev $(TRITON_TEST)/.done
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON_TEST) $(PY) -m pytest -q -k triton \
+	    $(wildcard tests/test_triton_*.py) tests/test_policy_loss.py tests/test_group_advantage.py
 
 setup: $(NATIVE)
 
@@ -50,13 +61,24 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
-# What the CUDA kernels become: machine code for sm_90a without a spill or a serialised wgmma. Needs no GPU.
-check-sm90:
+.triton/%/.done:
+	$(PIP) --no-deps --target $(@D) triton==$*
+	touch $@
+
+# What the kernels become: machine code for sm_90a without a spill or a serialised wgmma. Needs no GPU.
+check-sm90: check-sm90-cuda check-sm90-triton
+
+check-sm90-cuda:
 	@command -v nvcc >/dev/null || { echo "check-sm90: skipped, no nvcc"; exit 0; }; \
 	for file in csrc/cuda/*.cu; do \
 	    nvcc -std=c++17 -O3 -DNDEBUG -Icsrc/ops -Icsrc/cuda -gencode=arch=compute_90a,code=sm_90a \
 	        -Xptxas=-v,-warn-spills,-Werror -cubin -o $(VENV)/$$(basename $$file).cubin $$file || exit 1; \
 	done
+
+check-sm90-triton: $(TRITONS:%=check-sm90-triton-%)
+
+check-sm90-triton-%: $(VENV)/.dev .triton/%/.done
+	PYTHONPATH=.triton/$* TRITON_CACHE_DIR=.triton/cache-$* $(PY) tests/sm90_gate.py
 
 wheel: $(VENV)/.dev
 	$(PY) packaging/build_wheels.py
@@ -64,5 +86,15 @@ wheel: $(VENV)/.dev
 wheel-check: $(VENV)/.dev
 	$(PY) packaging/check_wheel.py dist/*.whl
 
+# On the machine with the GPU; WHEELS=DIR names further wheels, DRY=1 does what needs no GPU.
+gpu-check:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) packaging/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(if $(DRY),--dry-run)
+
+# On a machine with a network, for one without: pip matches each platform tag exactly.
+gpu-wheels: $(VENV)/.stack
+	$(PY) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	    --abi cp312 --abi abi3 --abi none $(foreach n,5 12 17 24 26 27 28 31 34,--platform manylinux_2_$(n)_x86_64) \
+	    --platform manylinux2014_x86_64 --platform manylinux1_x86_64 -d wheels -r requirements/gpu-wheels.txt
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) .triton build dist

@@ -1,26 +1,23 @@
 """Packing speed and balance: m2kernels.pack_balanced beside a plain-Python Karmarkar-Karp.
 
-The rival is the largest-differencing method that RL trainers use to balance micro-batches. Both
-get the same costs; each is checked to be a partition before it is timed; the best of five runs is
-reported, with the spread (most minus least expensive bin) as a share of the mean.
-
-    python benchmarks/bench_packer.py [--items 8192] [--bins 64]
+The rival is the largest-differencing method that RL trainers use to balance micro-batches. Both get the same costs,
+and each result is checked to be a partition.
 """
 
-import argparse
+from __future__ import annotations
+
 import heapq
 import itertools
-import time
-from collections.abc import Callable
-
-import numpy as np
+from typing import Any
 
 import m2kernels as mk
+from m2train.bench import shapes
+from m2train.bench.case import Case, Setup, case
 
-Pack = Callable[[list[int], int], list[list[int]]]
+Bins = list[list[int]]
 
 
-def karmarkar_karp(cost: list[int], num_bins: int) -> list[list[int]]:
+def karmarkar_karp(cost: list[int], num_bins: int) -> Bins:
     """Largest differencing: merge the two partial partitions of largest spread, again and again."""
     order = itertools.count()
     heap = []
@@ -35,33 +32,47 @@ def karmarkar_karp(cost: list[int], num_bins: int) -> list[list[int]]:
     return [sorted(items) for _, items in heap[0][2]]
 
 
-def measure(pack: Pack, cost: list[int], num_bins: int, repeats: int = 5) -> tuple[float, float]:
-    """Best seconds of `repeats`, and the spread as a share of the mean."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        bins = pack(cost, num_bins)
-        seconds.append(time.perf_counter() - start)
+def partition(bins: Bins, inputs: tuple[Any, ...]) -> str | None:
+    """What keeps `bins` from being a partition of the items, or None."""
+    cost, num_bins = inputs
+    if len(bins) != num_bins:
+        return f"{len(bins)} bins; {num_bins} were asked for"
     if sorted(i for b in bins for i in b) != list(range(len(cost))):
-        raise RuntimeError("not a partition: a broken packer must not be timed")
-    sums = [sum(cost[i] for i in b) for b in bins]
-    return min(seconds), (max(sums) - min(sums)) / (sum(sums) / num_bins)
+        return "not a partition of the items"
+    # Any list scheduling keeps the largest bin under twice the mean or one item, whatever the order.
+    mean = sum(cost) / num_bins
+    worst = max(sum(cost[i] for i in b) for b in bins)
+    return None if worst <= mean + max(cost) else f"the largest bin has {worst / mean:.2f} times the mean"
 
 
-def main() -> None:
-    """Print one line a packer and size."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--items", type=int, nargs="*", default=[256, 2048, 8192])
-    parser.add_argument("--bins", type=int, nargs="*", default=[8, 64])
-    args = parser.parse_args()
-    packers: dict[str, Pack] = {"pack_balanced": mk.pack_balanced, "karmarkar_karp": karmarkar_karp}
-    print(f"{'items':>6} {'bins':>5} {'packer':<15} {'ms':>9} {'spread':>9}")
-    for items, bins in itertools.product(args.items, args.bins):
-        cost = np.random.default_rng(0).lognormal(7, 1, items).astype(int).tolist()
-        for name, pack in packers.items():
-            seconds, spread = measure(pack, cost, bins, 5 if name == "pack_balanced" else 1)
-            print(f"{items:>6} {bins:>5} {name:<15} {seconds * 1e3:>9.2f} {spread:>9.2e}")
+def _recorded(workload: shapes.Workload) -> dict[str, Any]:
+    pairs = zip(workload.prompts, workload.lengths, strict=True)
+    cost = [prompt + length for prompt, group in pairs for length in group]
+    return {"cost": tuple(cost), "bins": max(1, len(cost) // 8)}
 
 
-if __name__ == "__main__":
-    main()
+@case(
+    "packer",
+    shapes={
+        f"{n}x{b}": {"cost": shapes.ragged(n, 1500, 16384), "bins": b} for n, b in ((256, 8), (2048, 64), (8192, 64))
+    },
+    smoke=("2048x64",),
+    workload=_recorded,
+)
+def packer(s: Setup) -> Case:
+    """Items into bins of equal cost."""
+    shift = int(s.randint(64, 1))  # other costs for another seed
+    cost = [c + shift * (i % 3) for i, c in enumerate(s.cost)]
+
+    def spread(bins: Bins) -> dict[str, float]:
+        sums = [sum(cost[i] for i in b) for b in bins]
+        return {"spread_of_mean": (max(sums) - min(sums)) / (sum(sums) / len(sums))}
+
+    return Case(
+        verify=partition,
+        inputs=(cost, s.bins),
+        impls={"m2": mk.pack_balanced, "karmarkar_karp": karmarkar_karp},
+        baseline="karmarkar_karp",
+        rotate=False,
+        quality=spread,
+    )

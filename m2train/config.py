@@ -126,6 +126,8 @@ class LearnerConfig(Section):
     micro_batches: int | None = Field(None, ge=1)
     """Micro-batches per data-parallel rank and optimizer step; None: as few as the cap allows."""
     recompute: bool = False
+    overlap: bool = False
+    """Gradients are reduced while the backward runs, weights gathered while the next forward does (dp > 1)."""
     micro_batch_loss_rows: int | None = Field(None, ge=1)
     """Cap on the scored tokens of a micro-batch; None: none but that on its tokens."""
     packing: Literal["tree", "varlen", "none"] = "tree"

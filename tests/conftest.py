@@ -10,7 +10,13 @@ from typing import Any, TypeVar
 
 import pytest
 
+from m2kernels._triton import interpreting, triton_reason
 from m2train.config import Recipe, parse
+
+if interpreting() and triton_reason("cpu") is None:
+    import triton_interpreter
+
+    triton_interpreter.mend()
 
 T = TypeVar("T")
 Runner = Callable[[Awaitable[T]], T]

@@ -10,6 +10,11 @@ import math
 import torch
 
 
+def device_of(backend: str) -> str:
+    """Where the tensors of this backend's tests live: Triton without a GPU runs in its interpreter."""
+    return "cuda" if backend == "cuda" or (backend == "triton" and torch.cuda.is_available()) else "cpu"
+
+
 def _finite_pattern_equal(x: torch.Tensor, y: torch.Tensor) -> bool:
     """Do both hold NaN, +inf and -inf in the same places?"""
     return all(torch.equal(f(x), f(y)) for f in (torch.isnan, lambda t: t == math.inf, lambda t: t == -math.inf))

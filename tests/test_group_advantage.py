@@ -6,18 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_testing import assert_kernel
+from kernel_testing import assert_kernel, device_of
 
 import m2kernels as mk
 from m2kernels.group_advantage import _group_advantage_torch, unsupported_reason
 from m2kernels.reference import group_advantage_ref
 
-BACKENDS = [b for b in ("cpu", "torch", "cuda") if unsupported_reason(b) is None]
+BACKENDS = [b for b in ("cpu", "torch", "cuda", "triton") if unsupported_reason(b) is None]
 OPTIONS = list(itertools.product(("mean", "loo"), ("none", "std")))
-
-
-def device_of(backend):
-    return "cuda" if backend == "cuda" else "cpu"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

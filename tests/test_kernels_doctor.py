@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import torch
 
 import m2kernels as mk
 from m2kernels._backend import BACKENDS, choose_backend
+from m2kernels._triton import interpreting, triton_reason
 
 
 def test_report_is_json_and_names_every_backend():
@@ -22,8 +24,10 @@ def test_report_is_json_and_names_every_backend():
         assert report[op]["cpu"] is None, "the CPU kernels must be built for the tests"
         if torch.version.cuda is None:
             assert report[op]["cuda"] == "this torch is built without CUDA"
+            assert (report[op]["triton"] is None) == (interpreting() and triton_reason() is None)
     assert report["pack_balanced"] == report["plan_tree"] == {"cpu": None}
     assert report["environment"]["torch"] == torch.__version__
+    assert "triton" in report["environment"]
     assert report["environment"]["cpu_isa"] in ("baseline", "avx2", "avx512")
 
 
@@ -39,8 +43,10 @@ def test_auto_takes_the_first_backend_without_a_reason():
 def test_kernels_import_no_trainer_and_no_optional_package_at_module_level():
     folder = pathlib.Path(mk.__file__).parent
     assert not (folder.parent / "__init__.py").exists() or folder.parent.name != "kernels"
-    allowed = {"m2kernels", "torch", "numpy"} | sys.stdlib_module_names
+    plain = {"m2kernels", "torch", "numpy"} | sys.stdlib_module_names
     for path in sorted(folder.glob("*.py")):
+        # Modules of Triton kernels are themselves imported only when an op needs them.
+        allowed = plain | ({"triton"} if re.fullmatch(r"_\w+_triton(_kernels)?", path.stem) else set())
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -48,6 +54,8 @@ def test_kernels_import_no_trainer_and_no_optional_package_at_module_level():
             assert "m2train" not in roots, path
             at_module_level = getattr(node, "col_offset", 1) == 0
             assert not at_module_level or roots <= allowed, path
+            if "triton" not in allowed and at_module_level:
+                assert not any(re.search(r"\._\w+_triton", name) for name in names), path
 
 
 @pytest.mark.parametrize("name", ["_ops_cpu", "_ops_cuda"])

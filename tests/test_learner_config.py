@@ -161,8 +161,8 @@ def test_output_processor_is_used_where_it_exists() -> None:
                 context=output_processor_context,
             )
 
-        def head(self, hidden: Any, head: Any) -> Any:
-            return hidden, head
+        def _head(self, hidden: Any) -> Any:
+            return hidden, self._head_rows
 
     model = Model()
     assert model.score("tokens", "packed", "rows", through=model) == ("hidden", "rows")  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from kernel_testing import assert_kernel
+from kernel_testing import assert_kernel, device_of
 from policy_cases import LENGTHS, SPECS, for_spec, ids, make_case, oracle_run, run
 
 import m2kernels as mk
@@ -16,7 +16,7 @@ from m2kernels._native import ISA_NAMES, cpu_isa
 from m2kernels.metrics import MAX_KEYS, RAW_METRICS
 from m2kernels.policy_loss import unsupported_reason
 
-BACKENDS = [b for b in ("cpu", "torch", "cuda") if unsupported_reason(b) is None]
+BACKENDS = [b for b in ("cpu", "torch", "cuda", "triton") if unsupported_reason(b) is None]
 KERNELS = [b for b in BACKENDS if b != "torch"]
 
 
@@ -26,7 +26,7 @@ KERNELS = [b for b in BACKENDS if b != "torch"]
 def test_oracle(backend, spec, per_token):
     case = for_spec(make_case(LENGTHS, per_token=per_token), spec)
     loss, grad, entropy_grad = oracle_run(case, spec, 17.0)
-    device = "cuda" if backend == "cuda" else "cpu"
+    device = device_of(backend)
     got = run(case, spec, 17.0, device=device, backend=backend)
     plain = run(case, spec, 17.0, backend="torch")
     assert_kernel("loss", got[0], plain[0], loss)
@@ -48,7 +48,7 @@ def test_on_policy_has_a_gradient(backend, kind):
     case = for_spec(make_case(LENGTHS), spec)
     case["old_logp"] = None
     loss, grad, _ = oracle_run(case, spec, 3.0)
-    got = run(case, spec, 3.0, device="cuda" if backend == "cuda" else "cpu", backend=backend)
+    got = run(case, spec, 3.0, device=device_of(backend), backend=backend)
     plain = run(case, spec, 3.0, backend="torch")
     assert_kernel("loss", got[0], plain[0], loss)
     assert_kernel("grad_logp", got[1], plain[1], grad)
@@ -61,7 +61,7 @@ def test_on_policy_has_a_gradient(backend, kind):
 def test_hand_computed(backend):
     # Ratios 2, 2, 0.5, 0.5 with A = 1, -1, 1, -1; clipped to 1.28 and 0.8.
     # min terms: 1.28, -2, 0.5, -0.8 -> sum -1.02, loss 1.02 / 4.
-    device = "cuda" if backend == "cuda" else "cpu"
+    device = device_of(backend)
     two = math.log(2)
     logp = torch.tensor([two, two, -two, -two], device=device, requires_grad=True)
     old = torch.zeros(4, device=device)
@@ -91,7 +91,7 @@ def test_hand_computed(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("spec", SPECS[:3], ids=ids)
 def test_nothing_live(backend, spec):
-    device = "cuda" if backend == "cuda" else "cpu"
+    device = device_of(backend)
     case = for_spec(make_case([3, 4], masked=1.1), spec)
     loss, grad, _, metrics = run(case, spec, 2.0, device=device, backend=backend)
     assert loss == 0 and not grad.any()
@@ -103,7 +103,7 @@ def test_nothing_live(backend, spec):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_live_nan_is_not_hidden_and_zero_advantage_is_exact(backend):
-    device = "cuda" if backend == "cuda" else "cpu"
+    device = device_of(backend)
     case = for_spec(make_case([5, 6], masked=0.0), mk.LossSpec())
     case["logp"][2] = float("nan")
     loss, *_ = run(case, mk.LossSpec(), 1.0, device=device, backend=backend)
@@ -119,7 +119,7 @@ def test_live_nan_is_not_hidden_and_zero_advantage_is_exact(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layouts_and_index_types_agree_bitwise(backend):
-    device = "cuda" if backend == "cuda" else "cpu"
+    device = device_of(backend)
     spec = SPECS[9]
     wide, narrow = make_case(LENGTHS), make_case(LENGTHS, index=torch.int32)
     expected = run(wide, spec, 5.0, device=device, backend=backend)
@@ -132,7 +132,7 @@ def test_layouts_and_index_types_agree_bitwise(backend):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_upstream_gradient_denominator_tensor_and_no_second_derivative(backend):
-    device = "cuda" if backend == "cuda" else "cpu"
+    device = device_of(backend)
     spec = mk.LossSpec()
     case = for_spec(make_case(LENGTHS), spec)
     _, grad, _, _ = run(case, spec, 1.0, device=device, backend=backend)

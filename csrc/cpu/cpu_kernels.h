@@ -24,27 +24,45 @@ using HeadMergeFn = void (*)(const HeadTiles&, double* sums);
 // Rows [begin, end): d loss / d logits.
 using HeadGradFn = void (*)(const HeadLogits&, const HeadGradArgs&, int64_t begin, int64_t end);
 
+// Vocabulary tiles [begin, end) of a chunk; scratch holds kHeadTile * depth floats.
+using HeadTilesFn = void (*)(const HeadGemm&, float* scratch, int64_t begin, int64_t end);
+// Rows [begin, end) of the vocabulary.
+using HeadLanesFn = void (*)(const HeadLaneGrad&, int64_t begin, int64_t end);
+
 struct CpuKernels {
   const char* name;
   PolicyBlockFn policy_block;
   HeadStatsFn head_stats;
   HeadMergeFn head_merge;
   HeadGradFn head_grad;
+  HeadTilesFn head_tiles;
+  HeadLanesFn head_lanes;
 };
 
 extern const CpuKernels kBaselineKernels;
 #if defined(__x86_64__)
 extern const CpuKernels kAvx2Kernels;
 extern const CpuKernels kAvx512Kernels;
+extern const HeadTilesFn kHeadTilesBf16;  // hidden packed as bf16 pairs; needs avx512_bf16
 #endif
 
 // The kernels for this machine, or for M2KERNELS_CPU_ISA (baseline | avx2 | avx512); throws
 // std::runtime_error when that names one this machine cannot run.
 const CpuKernels& cpu_kernels();
 
+// kHeadTilesBf16 where cpu_kernels() is avx512 and the machine has the instruction, else null.
+HeadTilesFn head_tiles_bf16();
+
 void policy_loss_cpu(const PolicyLossArgs& args);
 void policy_loss_bwd_cpu(float grad, const float* saved, int64_t n, float* out);
 void group_advantage_cpu(const GroupAdvantageArgs& args);
+// hidden [rows, depth] of T -> the layouts of HeadGemm::hidden, zeros in lanes past `rows`.
+void head_pack_cpu(const HeadRows& hidden, int64_t groups, float* out);
+void head_pack_cpu(const HeadRows& hidden, int64_t groups, uint16_t* out);
+void head_tiles_cpu(const HeadGemm& gemm, bool dot);
+// Lanes `live` [lanes] of kept logits (null: the first `lanes`) -> their gradient, in place.
+void head_lanes_cpu(HeadLaneGrad grad, const HeadLogits& rows, const HeadGradArgs& args,
+                    const int64_t* live, int64_t lanes);
 void head_stats_cpu(const HeadLogits& logits, const HeadTileOut& out);
 void head_grad_cpu(const HeadLogits& logits, const HeadGradArgs& args);
 // z_target [rows], tiles [rows, tiles.count] -> out: log_norm, log_norm_low, logp, entropy, each

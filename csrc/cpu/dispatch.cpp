@@ -99,6 +99,14 @@ const CpuKernels& cpu_kernels() {
   return chosen;
 }
 
+HeadTilesFn head_tiles_bf16() {
+#if defined(__x86_64__)
+  static const bool there = __builtin_cpu_supports("avx512bf16");
+  if (there && &cpu_kernels() == &kAvx512Kernels) return kHeadTilesBf16;
+#endif
+  return nullptr;
+}
+
 void policy_loss_cpu(const PolicyLossArgs& a) {
   const CpuKernels& kernels = cpu_kernels();
   const bool gspo = a.kind == kGspo;

@@ -61,6 +61,138 @@ void head_stats_op(const Tensor& logits, const Tensor& target, const MaybeTensor
   head_stats_cpu(a, out);
 }
 
+int64_t lanes_of(int64_t rows) { return (rows + 15) / 16 * 16; }
+
+// A float tensor of this shape, dense; null when absent.
+float* dense_floats(const char* name, const MaybeTensor& t, std::initializer_list<int64_t> shape) {
+  if (!t.has_value()) return nullptr;
+  bool right = t->scalar_type() == ScalarType::Float && t->is_contiguous() &&
+               t->dim() == static_cast<int64_t>(shape.size());
+  int64_t d = 0;
+  for (const int64_t size : shape) right = right && t->size(d++) == size;
+  STD_TORCH_CHECK(right, name, ": unexpected shape, dtype or layout");
+  return static_cast<float*>(t->mutable_data_ptr());
+}
+
+// Per lane: the target and 1 / temperature of its row; lanes past the rows have none.
+struct LaneInputs {
+  Tensor target, inverse;
+
+  LaneInputs(const HeadLogits& rows, const Tensor& like, int64_t stride)
+      : target(new_floats(like, {stride}, ScalarType::Long)), inverse(new_floats(like, {stride})) {
+    auto* to = static_cast<int64_t*>(target.mutable_data_ptr());
+    auto* by = static_cast<float*>(inverse.mutable_data_ptr());
+    for (int64_t i = 0; i < stride; ++i) {
+      const bool there = i < rows.rows;
+      to[i] = there ? rows.target[i] : -1;
+      by[i] = there && rows.inv_temperatures ? rows.inv_temperatures[i] : rows.inv_temperature;
+    }
+  }
+};
+
+void head_tiles_op(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                   const MaybeTensor& bias, const MaybeTensor& inv_temperatures,
+                   double inv_temperature, double softcap, int64_t num_valid,
+                   const MaybeTensor& z_target, const MaybeTensor& stats,
+                   const MaybeTensor& kept) {
+  const bool bf16 = weight.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) &&
+                      hidden.scalar_type() == weight.scalar_type() &&
+                      (bf16 || weight.scalar_type() == ScalarType::Float),
+                  "hidden, weight: expected two matrices of one depth and dtype, float or bfloat16");
+  const int64_t depth = hidden.size(1);
+  STD_TORCH_CHECK(depth < 2 || (hidden.stride(1) == 1 && weight.stride(1) == 1),
+                  "hidden, weight: rows are not dense");
+  HeadLogits rows;
+  rows.rows = hidden.size(0);
+  check_vector("target", target, ScalarType::Long, rows.rows);
+  rows.target = static_cast<const int64_t*>(target.const_data_ptr());
+  rows.inv_temperatures = floats("inv_temperatures", inv_temperatures, rows.rows);
+  rows.inv_temperature = static_cast<float>(inv_temperature);
+  HeadGemm a;
+  a.rows = rows.rows;
+  a.stride = lanes_of(a.rows);
+  a.groups = a.stride / 16;
+  a.depth = depth;
+  a.vocab = weight.size(0);
+  STD_TORCH_CHECK(num_valid >= 0 && num_valid <= a.vocab, "num_valid: out of range");
+  const bool dot = bf16 && depth % 2 == 0 && head_tiles_bf16() != nullptr;
+  Tensor packed = new_floats(hidden, {a.groups * depth * 16},
+                             dot ? ScalarType::BFloat16 : ScalarType::Float);
+  const HeadRows from = {hidden.const_data_ptr(), a.rows, depth, hidden.stride(0), bf16};
+  if (dot) {
+    head_pack_cpu(from, a.groups, static_cast<uint16_t*>(packed.mutable_data_ptr()));
+  } else {
+    head_pack_cpu(from, a.groups, static_cast<float*>(packed.mutable_data_ptr()));
+  }
+  a.hidden = packed.const_data_ptr();
+  a.weight = weight.const_data_ptr();
+  a.weight_stride = weight.stride(0);
+  a.weight_bf16 = bf16;
+  a.num_valid = num_valid;
+  a.bias = floats("bias", bias, a.vocab);
+  const LaneInputs lanes(rows, hidden, a.stride);
+  a.inverse = static_cast<const float*>(lanes.inverse.const_data_ptr());
+  a.target = static_cast<const int64_t*>(lanes.target.const_data_ptr());
+  a.softcap = static_cast<float>(softcap);
+  const int64_t tiles = (a.vocab + kHeadTile - 1) / kHeadTile;
+  const int64_t fields = stats.has_value() ? stats->size(0) : 0;
+  STD_TORCH_CHECK(z_target.has_value() == stats.has_value() && (fields == 0 || fields == 2 || fields == 3),
+                  "stats: expected two or three fields, and z_target with them");
+  a.z_target = dense_floats("z_target", z_target, {a.stride});
+  a.top = dense_floats("stats", stats, {fields, tiles, a.stride});
+  a.total = a.top ? a.top + tiles * a.stride : nullptr;
+  a.moment = fields == 3 ? a.total + tiles * a.stride : nullptr;
+  a.kept = dense_floats("kept", kept, {a.vocab, a.stride});
+  if (a.rows > 0 && a.vocab > 0) head_tiles_cpu(a, dot);
+}
+
+void head_lanes_op(const Tensor& kept, bool out_bf16, const Tensor& target,
+                   const MaybeTensor& bias, const MaybeTensor& inv_temperatures,
+                   double inv_temperature, double softcap, int64_t num_valid,
+                   const Tensor& log_norm, const Tensor& log_norm_low, const Tensor& logp,
+                   const MaybeTensor& entropy, const Tensor& grad_logp,
+                   const MaybeTensor& grad_entropy, const MaybeTensor& live) {
+  HeadLogits rows;
+  rows.rows = target.numel();
+  check_vector("target", target, ScalarType::Long, rows.rows);
+  rows.target = static_cast<const int64_t*>(target.const_data_ptr());
+  rows.inv_temperatures = floats("inv_temperatures", inv_temperatures, rows.rows);
+  rows.inv_temperature = static_cast<float>(inv_temperature);
+  HeadGradArgs g;
+  g.log_norm = floats("log_norm", log_norm, rows.rows);
+  g.log_norm_low = floats("log_norm_low", log_norm_low, rows.rows);
+  g.logp = floats("logp", logp, rows.rows);
+  g.entropy = floats("entropy", entropy, rows.rows);
+  g.grad_logp = floats("grad_logp", grad_logp, rows.rows);
+  g.grad_entropy = floats("grad_entropy", grad_entropy, rows.rows);
+  STD_TORCH_CHECK(!g.grad_entropy || g.entropy, "grad_entropy: given without entropy");
+  HeadLaneGrad a;
+  a.stride = lanes_of(rows.rows);
+  a.vocab = kept.size(0);
+  STD_TORCH_CHECK(num_valid >= 0 && num_valid <= a.vocab, "num_valid: out of range");
+  float* memory = dense_floats("kept", kept, {a.vocab, a.stride});
+  a.kept = memory;
+  a.num_valid = num_valid;
+  a.bias = floats("bias", bias, a.vocab);
+  a.softcap = static_cast<float>(softcap);
+  a.out = memory;
+  a.out_stride = out_bf16 ? 2 * a.stride : a.stride;
+  a.out_bf16 = out_bf16;
+  const int64_t* picked = nullptr;
+  int64_t count = rows.rows;
+  if (live.has_value()) {
+    count = live->numel();
+    check_vector("live", *live, ScalarType::Long, count);
+    picked = static_cast<const int64_t*>(live->const_data_ptr());
+    for (int64_t j = 0; j < count; ++j) {
+      STD_TORCH_CHECK(picked[j] >= (j ? picked[j - 1] + 1 : 0) && picked[j] < rows.rows,
+                      "live: expected ascending rows");
+    }
+  }
+  if (count > 0) head_lanes_cpu(a, rows, g, picked, count);
+}
+
 Tensor head_merge_op(const Tensor& z_target, const Tensor& top, const Tensor& total,
                      const MaybeTensor& moment) {
   const int64_t rows = z_target.numel();

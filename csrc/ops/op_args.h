@@ -115,6 +115,59 @@ struct HeadTiles {
   double anchor;
 };
 
+struct HeadRows {
+  const void* data;  // [rows, depth]
+  int64_t rows;
+  int64_t depth;
+  int64_t stride;
+  bool bf16;  // else float
+};
+
+// The head's GEMM with its statistics. Rows of the chunk are lanes: groups of sixteen, the last one
+// filled up; `stride` is 16 x groups. A logit is one chain of products over `depth`, in blocks of
+// fixed size, whatever else is computed.
+struct HeadGemm {
+  int64_t rows;
+  int64_t groups;
+  int64_t stride;
+  int64_t depth;
+  const void* hidden;  // packed: [groups, depth, 16] float, or [groups, depth / 2, 16, 2] bf16
+  const void* weight;  // [vocab, depth]
+  int64_t weight_stride;
+  bool weight_bf16;
+  int64_t vocab;
+  int64_t num_valid;
+  const float* bias;      // [vocab] or null
+  const float* inverse;   // [stride], 1 / temperature
+  const int64_t* target;  // [stride], a row of the weight, or negative
+  float softcap;          // 0: none
+  float* z_target;        // [stride]; written where the target is here
+  float* top;             // [tiles, stride]; null: no statistics
+  float* total;           // [tiles, stride]
+  float* moment;          // [tiles, stride] or null
+  float* kept;            // [vocab, stride] or null: the GEMM's result, before bias, cap, temperature
+};
+
+// Gradient of kept logits. Lanes 0 .. count are those with a gradient, filled up to a multiple of 16.
+struct HeadLaneGrad {
+  const float* kept;  // [vocab, stride]
+  int64_t stride;
+  int64_t vocab;
+  int64_t num_valid;
+  const float* bias;  // [vocab] or null
+  float softcap;
+  int64_t lanes;           // a multiple of 16
+  const int32_t* source;   // [lanes], ascending: the lane of `kept`; null: the same
+  const float* log_norm;   // [lanes] each
+  const float* log_norm_low;
+  const float* inverse;
+  const float* constant;  // dz = p (constant - slope * log p)
+  const float* slope;
+  void* out;  // [vocab, out_stride]: the memory of `kept`, as float or bf16
+  int64_t out_stride;
+  bool out_bf16;
+};
+
 struct HeadGradArgs {
   const float* log_norm;      // [rows], with log_norm_low the log-sum-exp
   const float* log_norm_low;  // [rows]

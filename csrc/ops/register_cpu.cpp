@@ -46,6 +46,15 @@ STABLE_TORCH_LIBRARY(m2kernels, m) {
       "head_stats(Tensor logits, Tensor target, Tensor? bias, Tensor? inv_temperatures, "
       "float inv_temperature, float softcap, int num_valid, Tensor(a!) z_target, Tensor(b!) top, "
       "Tensor(c!) total, Tensor(d!)? moment) -> ()");
+  m.def(
+      "head_tiles(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
+      "Tensor? inv_temperatures, float inv_temperature, float softcap, int num_valid, "
+      "Tensor(a!)? z_target, Tensor(b!)? stats, Tensor(c!)? kept) -> ()");
+  m.def(
+      "head_lanes(Tensor(a!) kept, bool bf16, Tensor target, Tensor? bias, "
+      "Tensor? inv_temperatures, float inv_temperature, float softcap, int num_valid, "
+      "Tensor log_norm, Tensor log_norm_low, Tensor logp, Tensor? entropy, Tensor grad_logp, "
+      "Tensor? grad_entropy, Tensor? live) -> ()");
   m.def("head_merge(Tensor z_target, Tensor top, Tensor total, Tensor? moment) -> Tensor");
   m.def(
       "head_grad(Tensor logits, Tensor(a!) out, Tensor target, Tensor? bias, "
@@ -58,6 +67,8 @@ STABLE_TORCH_LIBRARY(m2kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(m2kernels, CPU, m) {
   m2k::register_ops<m2k::Cpu>(m);
   m.impl("head_stats", TORCH_BOX(&m2k::head_stats_op));
+  m.impl("head_tiles", TORCH_BOX(&m2k::head_tiles_op));
+  m.impl("head_lanes", TORCH_BOX(&m2k::head_lanes_op));
   m.impl("head_merge", TORCH_BOX(&m2k::head_merge_op));
   m.impl("head_grad", TORCH_BOX(&m2k::head_grad_op));
   m.impl("cpu_isa", TORCH_BOX(&m2k::cpu_isa));

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-BACKENDS = ("cuda", "cpu", "torch")
+BACKENDS = ("cuda", "cpu", "triton", "torch")
 """In the order in which ``auto`` tries them."""
 
 

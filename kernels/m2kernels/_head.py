@@ -6,7 +6,6 @@ linear_policy_loss and (without the GEMMs) logprob.
 """
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,8 +16,9 @@ from torch import distributed as dist
 from m2kernels._head_kernels import HeadKernels, HeadSettings, RowStats, TileStats
 from m2kernels._head_torch import TorchHead
 from m2kernels._native import machine_reason
+from m2kernels._triton import triton_head_reason
 
-HEAD_BACKENDS = ("triton", "cpu", "torch")
+HEAD_BACKENDS = ("cpu", "triton", "torch")
 """In the order in which ``auto`` tries them."""
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
@@ -93,22 +93,12 @@ class Chunk(NamedTuple):
     positions: slice | torch.Tensor
 
 
-def triton_reason(hidden: torch.Tensor | None) -> str | None:
-    """Why the Triton kernels cannot run here, or on this hidden; None if they can."""
-    if hidden is not None and hidden.device.type != "cuda":
-        return f"hidden is on {hidden.device.type}"
-    if importlib.util.find_spec("m2kernels._head_triton") is None:
-        return "the Triton kernels are not part of this installation"
-    reason: str | None = importlib.import_module("m2kernels._head_triton").unsupported_reason(hidden)
-    return reason
-
-
 def head_reason(backend: str, hidden: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> str | None:
     """Why `backend` cannot run here, or with GEMMs of `dtype` on this hidden; None if it can."""
     if backend == "torch":
         return None
     if backend == "triton":
-        return triton_reason(hidden)
+        return triton_head_reason(hidden, dtype)
     if hidden is not None and hidden.device.type != "cpu":
         return f"hidden is on {hidden.device.type}"
     if dtype not in (None, torch.float32, torch.bfloat16):
@@ -206,7 +196,7 @@ class Head:
     def step(self, width: int) -> int:
         """Rows whose logits of `width` columns fit the budget, a multiple of the kernels' step."""
         step = self.kernels.row_step
-        rows = self.problem.chunk_bytes // max(width * self.weight.element_size(), 1)
+        rows = self.problem.chunk_bytes // max(width * self.kernels.logit_bytes(self.weight.dtype), 1)
         return max(rows // step, 1) * step
 
     def chunks(self, count: int, width: int) -> list[slice]:
@@ -324,15 +314,3 @@ def live_rows(grads: Sequence[torch.Tensor | None]) -> torch.Tensor:
     for other in given[1:]:
         live = live | other
     return live.nonzero()[:, 0]
-
-
-def compact(dz: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Rows `keep` (ascending) of dz, moved to its front; on a GPU a copy."""
-    if keep.numel() == dz.shape[0]:
-        return dz
-    if dz.is_cuda:
-        return dz.index_select(0, keep)
-    for to, row in enumerate(keep.tolist()):
-        if to != row:
-            dz[to].copy_(dz[row])
-    return dz[: keep.numel()]

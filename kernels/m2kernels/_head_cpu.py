@@ -1,8 +1,8 @@
-"""The LM head's backend for the CPU: torch's GEMM, C++ row kernels (csrc/cpu/head_rows.h).
+"""The LM head's backend for the CPU, in C++.
 
-The forward multiplies panels of PANEL rows by blocks of BLOCK vocabulary entries, both padded to
-full size, so that a logit is the same to the bit whatever else is in the batch or the shard; the
-statistics read each block while it is in the cache.
+csrc/cpu/head_tiles.h multiplies and measures in one go, with the chunk's rows as vector lanes, so
+kept logits are [vocabulary, lanes]: their transpose goes into the GEMMs of the gradients. Logits
+are float32 for bfloat16 inputs too. csrc/cpu/head_rows.h does logits that a caller brings.
 """
 
 from typing import Any
@@ -11,39 +11,36 @@ import torch
 
 from m2kernels._head_kernels import HeadKernels, HeadSettings, RowStats, TileStats
 
-PANEL = 64
-"""Rows of a GEMM call of the invariant forward."""
-BLOCK = 1024
-"""Vocabulary entries of one; a multiple of the tile."""
-
 _ops = torch.ops.m2kernels
 
 
-def _columns(settings: HeadSettings, start: int, width: int) -> tuple[Any, ...]:
-    """The settings of columns [start, start + width) as arguments of the ops."""
-    inverse = settings.inv_temperature
-    per_row = inverse if isinstance(inverse, torch.Tensor) else None
-    bias = None if settings.bias is None else settings.bias[start : start + width].float()
-    scalar = 1.0 if isinstance(inverse, torch.Tensor) else inverse
-    valid = min(max(settings.num_valid - start, 0), width)
-    return bias, per_row, scalar, settings.softcap or 0.0, valid
+_LANES = 16
 
 
-def _rows(settings: HeadSettings, part: slice) -> HeadSettings:
-    """The settings of some rows of the chunk."""
+def _columns(settings: HeadSettings) -> tuple[Any, ...]:
+    """The settings as arguments of the ops."""
     inverse = settings.inv_temperature
-    if not isinstance(inverse, torch.Tensor):
-        return settings
-    return HeadSettings(
-        bias=settings.bias, inv_temperature=inverse[part], softcap=settings.softcap, num_valid=settings.num_valid
-    )
+    bias = None if settings.bias is None else settings.bias.float()
+    cap = settings.softcap or 0.0
+    if isinstance(inverse, torch.Tensor):
+        return bias, inverse, 1.0, cap, settings.num_valid
+    return bias, None, inverse, cap, settings.num_valid
+
+
+def _dense(rows: RowStats, grad_logp: torch.Tensor, grad_entropy: torch.Tensor | None) -> list[torch.Tensor | None]:
+    given = rows.log_norm, rows.log_norm_low, rows.logp, rows.entropy, grad_logp, grad_entropy
+    return [None if x is None else x.contiguous() for x in given]
 
 
 class CpuHead(HeadKernels):
     """Backend ``cpu``."""
 
     tile = 128
-    row_step = PANEL
+    row_step = 48  # lanes of a register block
+
+    def logit_bytes(self, dtype: torch.dtype) -> int:
+        """See :meth:`HeadKernels.logit_bytes`."""
+        return 4
 
     def forward(
         self,
@@ -55,72 +52,39 @@ class CpuHead(HeadKernels):
         entropy: bool,
         keep: bool,
     ) -> tuple[TileStats, Any]:
-        """See :meth:`HeadKernels.forward`; the scratch is the logits."""
-        rows, width = hidden.shape[0], weight.shape[0]
-        stats = self._new_stats(rows, width, entropy)
-        kept = hidden.new_empty(rows, width) if keep else None
-        scratch = hidden.new_empty(PANEL, BLOCK)
-        panel = hidden.new_zeros(PANEL, hidden.shape[1])
-        for top in range(0, rows, PANEL):
-            part = slice(top, min(top + PANEL, rows))
-            count = part.stop - top
-            whole = hidden[part]
-            if count < PANEL:
-                panel[:count] = whole
-                whole = panel
-            for start in range(0, width, BLOCK):
-                stop = min(start + BLOCK, width)
-                self._block(whole, weight, start, scratch)
-                logits = scratch[:count, : stop - start]
-                if kept is not None:
-                    kept[part, start:stop] = logits
-                self._measure(logits, target[part], _rows(settings, part), start, stats, part)
-        return stats, kept
-
-    def _block(self, panel: torch.Tensor, weight: torch.Tensor, start: int, out: torch.Tensor) -> None:
-        """One GEMM of full size; the columns past the weight's end are filler."""
-        block = weight[start : start + BLOCK]
-        if block.shape[0] < BLOCK:
-            padded = weight.new_zeros(BLOCK, weight.shape[1])
-            padded[: block.shape[0]] = block
-            block = padded
-        torch.mm(panel, block.t(), out=out)
-
-    def _new_stats(self, rows: int, width: int, entropy: bool) -> TileStats:
-        tiles = -(-width // self.tile)
-        new = torch.empty(3 if entropy else 2, rows, tiles, dtype=torch.float32, device="cpu")
-        z_target = torch.zeros(rows, dtype=torch.float32, device="cpu")
-        return TileStats(z_target, new[0], new[1], new[2] if entropy else None)
-
-    def _measure(
-        self,
-        logits: torch.Tensor,
-        target: torch.Tensor,
-        settings: HeadSettings,
-        start: int,
-        stats: TileStats,
-        part: slice,
-    ) -> None:
-        """Statistics of logits [C, W], columns from `start`, rows `part`."""
-        width = logits.shape[1]
-        tiles = slice(start // self.tile, -(-(start + width) // self.tile))
-        _ops.head_stats(
-            logits,
-            target - start,
-            *_columns(settings, start, width),
-            stats.z_target[part],
-            stats.top[part, tiles],
-            stats.total[part, tiles],
-            None if stats.moment is None else stats.moment[part, tiles],
-        )
+        """See :meth:`HeadKernels.forward`; the scratch is the logits and the weight's dtype."""
+        rows, lanes = hidden.shape[0], -(-hidden.shape[0] // _LANES) * _LANES
+        tiles = -(-weight.shape[0] // self.tile)
+        stats = hidden.new_empty(3 if entropy else 2, tiles, lanes, dtype=torch.float32)
+        z_target = hidden.new_zeros(lanes, dtype=torch.float32)
+        kept = self._multiply(hidden, weight, target, settings, z_target, stats, keep=keep)
+        top, total, *moment = stats[:, :, :rows].transpose(1, 2)
+        return TileStats(z_target[:rows], top, total, moment[0] if moment else None), kept
 
     def recompute(
         self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, settings: HeadSettings
     ) -> Any:
-        """See :meth:`HeadKernels.recompute`: one GEMM."""
-        return torch.mm(hidden, weight.t())
+        """See :meth:`HeadKernels.recompute`."""
+        return self._multiply(hidden, weight, target, settings, None, None, keep=True)
 
-    def grad(
+    def _multiply(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        settings: HeadSettings,
+        z_target: torch.Tensor | None,
+        stats: torch.Tensor | None,
+        *,
+        keep: bool,
+    ) -> tuple[torch.Tensor, torch.dtype] | None:
+        lanes = -(-hidden.shape[0] // _LANES) * _LANES
+        kept = hidden.new_empty(weight.shape[0], lanes, dtype=torch.float32) if keep else None
+        columns = _columns(settings)
+        _ops.head_tiles(hidden, weight, target, *columns, z_target, stats, kept)
+        return None if kept is None else (kept, weight.dtype)
+
+    def grad_rows(
         self,
         kept: Any,
         target: torch.Tensor,
@@ -128,9 +92,14 @@ class CpuHead(HeadKernels):
         rows: RowStats,
         grad_logp: torch.Tensor,
         grad_entropy: torch.Tensor | None,
+        live: torch.Tensor | None,
     ) -> torch.Tensor:
-        """See :meth:`HeadKernels.grad`; in place."""
-        return self._grad(kept, kept, target, settings, rows, grad_logp, grad_entropy)
+        """See :meth:`HeadKernels.grad_rows`; in the memory of the logits, the transpose of a dense matrix."""
+        logits, dtype = kept
+        columns = _columns(settings)
+        narrow = dtype == torch.bfloat16
+        _ops.head_lanes(logits, narrow, target, *columns, *_dense(rows, grad_logp, grad_entropy), live)
+        return logits.view(dtype)[:, : target.shape[0] if live is None else live.shape[0]].t()
 
     def merge(self, stats: TileStats) -> RowStats:
         """See :meth:`HeadKernels.merge`."""
@@ -142,9 +111,13 @@ class CpuHead(HeadKernels):
         self, logits: torch.Tensor, target: torch.Tensor, settings: HeadSettings, *, entropy: bool
     ) -> TileStats:
         """Statistics of logits [C, Vl] that are there already."""
-        stats = self._new_stats(logits.shape[0], logits.shape[1], entropy)
-        self._measure(logits, target, settings, 0, stats, slice(0, logits.shape[0]))
-        return stats
+        rows, width = logits.shape
+        stats = logits.new_empty(3 if entropy else 2, rows, -(-width // self.tile), dtype=torch.float32)
+        z_target = logits.new_zeros(rows, dtype=torch.float32)
+        top, total, *rest = stats
+        moment = rest[0] if rest else None
+        _ops.head_stats(logits, target, *_columns(settings), z_target, top, total, moment)
+        return TileStats(z_target, top, total, moment)
 
     def logits_grad(
         self,
@@ -156,20 +129,7 @@ class CpuHead(HeadKernels):
         grad_entropy: torch.Tensor | None,
     ) -> torch.Tensor:
         """Gradient of logits [C, Vl] (before bias, cap and temperature), a new tensor of their dtype."""
-        return self._grad(logits, logits.new_empty(logits.shape), target, settings, rows, grad_logp, grad_entropy)
-
-    def _grad(
-        self,
-        logits: torch.Tensor,
-        out: torch.Tensor,
-        target: torch.Tensor,
-        settings: HeadSettings,
-        rows: RowStats,
-        grad_logp: torch.Tensor,
-        grad_entropy: torch.Tensor | None,
-    ) -> torch.Tensor:
-        stats = rows.log_norm, rows.log_norm_low, rows.logp, rows.entropy
-        columns = _columns(settings, 0, logits.shape[1])
-        dense = [None if x is None else x.contiguous() for x in (*stats, grad_logp, grad_entropy)]
-        _ops.head_grad(logits, out, target, *columns, *dense)
+        out = logits.new_empty(logits.shape)
+        columns = _columns(settings)
+        _ops.head_grad(logits, out, target, *columns, *_dense(rows, grad_logp, grad_entropy))
         return out

@@ -70,7 +70,7 @@ class RowStats(NamedTuple):
 
 
 class HeadKernels:
-    """Base of the backends. `forward` and `grad` must be there, the rest has a default in torch.
+    """Base of the backends. `forward`, and `grad` or `grad_rows`, must be there; the rest has a default.
 
     Attributes:
         tile: width of a vocabulary tile. Results are the same to the bit for every tensor-parallel
@@ -136,6 +136,41 @@ class HeadKernels:
         A row whose gradients are both zero gives zeros.
         """
         raise NotImplementedError
+
+    def grad_rows(
+        self,
+        kept: Any,
+        target: torch.Tensor,
+        settings: HeadSettings,
+        rows: RowStats,
+        grad_logp: torch.Tensor,
+        grad_entropy: torch.Tensor | None,
+        live: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """:meth:`grad` of the rows `live` alone: [L, Vl], of any strides.
+
+        Args:
+            kept: as there, and so on.
+            target: [C].
+            settings: of the chunk.
+            rows: of the chunk.
+            grad_logp: f32[C].
+            grad_entropy: f32[C] or None.
+            live: int64 [L], ascending rows of the chunk; None: all of them.
+        """
+        dz = self.grad(kept, target, settings, rows, grad_logp, grad_entropy)
+        if live is None:
+            return dz
+        if dz.is_cuda:
+            return dz.index_select(0, live)
+        for to, row in enumerate(live.tolist()):
+            if to != row:
+                dz[to].copy_(dz[row])
+        return dz[: live.numel()]
+
+    def logit_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a kept logit, when the GEMM's inputs are of `dtype`."""
+        return dtype.itemsize
 
     def merge(self, stats: TileStats) -> RowStats:
         """Tiles of the whole vocabulary, in its order, -> rows. z_target is -inf where no rank has it.

@@ -5,6 +5,7 @@ are found by import machinery, so that ordinary and editable installs work alike
 torch: they hold no Python. Without them the ``torch`` backend still works.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 
@@ -71,9 +72,17 @@ def environment() -> dict[str, str | None]:
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
         "device": device,
+        "triton": _version_of("triton"),
         "cpu_isa": isa,
         "cpu_isa_override": os.environ.get("M2KERNELS_CPU_ISA"),
     }
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _isa_or_error() -> str:

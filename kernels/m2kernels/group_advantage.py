@@ -16,25 +16,27 @@ import torch
 from m2kernels._backend import choose_backend
 from m2kernels._check import INTEGERS, check_device, check_dtype, check_vector
 from m2kernels._native import CPU_ERROR, machine_reason
+from m2kernels._triton import triton_reason
 
 BASELINES = ("mean", "loo")
 SCALES = ("none", "std")
-MAX_CUDA_ROWS = 32768
-"""The CUDA kernel reads B^2 labels; at more rows torch's sort-based path is the better one."""
+MAX_GPU_ROWS = 32768
+"""The CUDA and Triton kernels read B^2 labels; at more rows torch's sort-based path is the better one."""
 
 
 def unsupported_reason(backend: str, reward: torch.Tensor | None = None) -> str | None:
-    """Why `backend` (cuda | cpu | torch) cannot run here, or on this reward; None if it can."""
+    """Why `backend` (cuda | cpu | triton | torch) cannot run here, or on this reward; None if it can."""
     if backend == "torch":
         return None
-    if reward is None:
-        return machine_reason(backend)
-    if reward.device.type != backend:
-        return f"reward is on {reward.device.type}"
-    if reward.dtype != torch.float32:
-        return f"reward is {reward.dtype}; the kernels take float32"
-    if backend == "cuda" and reward.shape[0] > MAX_CUDA_ROWS:
-        return f"{reward.shape[0]} rows; the kernel takes at most {MAX_CUDA_ROWS}"
+    if reward is not None:
+        if backend != "triton" and reward.device.type != backend:
+            return f"reward is on {reward.device.type}"
+        if reward.dtype != torch.float32:
+            return f"reward is {reward.dtype}; the kernels take float32"
+        if backend != "cpu" and reward.shape[0] > MAX_GPU_ROWS:
+            return f"{reward.shape[0]} rows; the kernel takes at most {MAX_GPU_ROWS}"
+    if backend == "triton":
+        return triton_reason(None if reward is None else reward.device.type)
     return machine_reason(backend)
 
 
@@ -70,18 +72,36 @@ def _group_advantage_torch(
     return torch.where(difference == 0, 0, advantage).to(reward.dtype)
 
 
-if CPU_ERROR is None:
+def _group_advantage_fake(
+    reward: torch.Tensor,
+    group: torch.Tensor,
+    valid: torch.Tensor | None,
+    leave_one_out: bool,
+    divide_by_std: bool,
+    eps: float,
+) -> torch.Tensor:
+    return torch.empty_like(reward)
 
-    @torch.library.register_fake("m2kernels::group_advantage")
-    def _group_advantage_fake(
-        reward: torch.Tensor,
-        group: torch.Tensor,
-        valid: torch.Tensor | None,
-        leave_one_out: bool,
-        divide_by_std: bool,
-        eps: float,
-    ) -> torch.Tensor:
-        return torch.empty_like(reward)
+
+if CPU_ERROR is None:
+    torch.library.register_fake("m2kernels::group_advantage", _group_advantage_fake)
+
+
+@torch.library.custom_op("m2kernels::group_advantage_triton", mutates_args=())
+def _group_advantage_triton(
+    reward: torch.Tensor,
+    group: torch.Tensor,
+    valid: torch.Tensor | None,
+    leave_one_out: bool,
+    divide_by_std: bool,
+    eps: float,
+) -> torch.Tensor:
+    from m2kernels._group_advantage_triton import group_advantage_triton
+
+    return group_advantage_triton(reward, group, valid, leave_one_out, divide_by_std, eps)
+
+
+_group_advantage_triton.register_fake(_group_advantage_fake)
 
 
 def group_advantage(
@@ -104,7 +124,7 @@ def group_advantage(
         valid: bool [B]; rows that are False get 0 and take no part in any statistic, whatever
             they hold. None: all rows are valid.
         eps: added to the standard deviation; at least 0.
-        backend: auto | cuda | cpu | torch.
+        backend: auto | cuda | cpu | triton | torch.
 
     Returns:
         Like reward, detached. A group of one, or of equal rewards, gives exact zeros.
@@ -132,7 +152,9 @@ def group_advantage(
     reward = reward.detach()
     if chosen == "torch":
         return _group_advantage_torch(reward, group, valid, baseline, scale, eps)
-    result: torch.Tensor = torch.ops.m2kernels.group_advantage(
+    ops = torch.ops.m2kernels
+    registered = ops.group_advantage_triton if chosen == "triton" else ops.group_advantage
+    result: torch.Tensor = registered(
         reward.contiguous(),
         group.contiguous(),
         None if valid is None else valid.contiguous(),

@@ -75,7 +75,7 @@ def head_backward(
         kept = head.kernels.recompute(chunk.hidden, head.weight, chunk.target, chunk.settings)
         rows = RowStats(*(None if x is None else x[pick] for x in stats))  # type: ignore[arg-type]
         to_entropy = None if grad_entropy is None else grad_entropy[pick]
-        dz = head.kernels.grad(kept, chunk.target, chunk.settings, rows, grad_logp[pick], to_entropy)
+        dz = head.kernels.grad_rows(kept, chunk.target, chunk.settings, rows, grad_logp[pick], to_entropy, None)
         grads.add(dz, chunk.hidden, chunk.positions)
     return grads.finish()
 

@@ -21,7 +21,7 @@ import torch
 from torch import distributed as dist
 
 from m2kernels._check import check_device, check_dtype
-from m2kernels._head import HEAD_SCHEMA, Head, HeadGrads, HeadProblem, compact, head_reason, live_rows, to_inputs
+from m2kernels._head import HEAD_SCHEMA, Head, HeadGrads, HeadProblem, head_reason, live_rows, to_inputs
 from m2kernels._head_check import make_problem
 from m2kernels._policy_grads import PolicyTerms
 from m2kernels.linear_logprob import head_backward, row_stats
@@ -94,10 +94,10 @@ def _fused(
     width = head.widest()
     parts = head.chunks(head.num_rows, width)
     if cut.couples_tokens():
-        whole = _sequence_chunks(terms.seq, head.step(width))
-        if whole is None:
+        aligned = _sequence_chunks(terms.seq, head.step(width))
+        if aligned is None:
             return _two_passes(head, terms, needs, target)
-        parts = whole
+        parts = aligned
     logp = head.hidden.new_empty(head.num_rows, dtype=torch.float32)
     entropy = torch.empty_like(logp)
     grads = HeadGrads(head, needs, single=len(parts) <= 1 and not target.wide, into=target.into, scale=target.scale)
@@ -110,12 +110,15 @@ def _fused(
         live = live_rows([to_logp, to_entropy])
         if not live.numel():
             continue
-        dz = compact(head.kernels.grad(kept, chunk.target, chunk.settings, rows, to_logp, to_entropy), live)
-        positions, hidden = chunk.positions, chunk.hidden
-        if live.numel() < chunk.target.numel():
-            index = live + part.start if problem.rows is None else problem.rows[part][live]
-            positions, hidden = index, hidden.index_select(0, live)
-        grads.add(dz, hidden, positions)
+        whole = live.numel() == chunk.target.numel()
+        dz = head.kernels.grad_rows(
+            kept, chunk.target, chunk.settings, rows, to_logp, to_entropy, None if whole else live
+        )
+        if whole:
+            grads.add(dz, chunk.hidden, chunk.positions)
+        else:
+            positions = live + part.start if problem.rows is None else problem.rows[part][live]
+            grads.add(dz, chunk.hidden.index_select(0, live), positions)
     return _finish(terms, logp, entropy), grads.finish()
 
 

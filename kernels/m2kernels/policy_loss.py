@@ -20,7 +20,9 @@ backward). Trick: gradients are formed in the forward, where everything they nee
 registers, so backward only scales them; sums are in double and in a fixed order.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,12 +32,20 @@ from m2kernels._backend import choose_backend
 from m2kernels._check import INTEGERS, check_device, check_dtype, check_vector
 from m2kernels._native import CPU_ERROR, machine_reason
 from m2kernels._policy_loss_torch import policy_loss_torch
+from m2kernels._triton import triton_reason
 from m2kernels.metrics import FINAL_METRICS, RAW_METRICS, metrics_from_stats
 
 KINDS = ("grpo", "gspo", "cispo")
 KLS = ("none", "k1", "k2", "k3")
 TIS_LEVELS = ("token", "sequence")
 _OP = "policy_loss"
+_FWD_SCHEMA = (
+    "(Tensor logp, Tensor? old_logp, Tensor advantage, Tensor seq, Tensor? mask, Tensor? entropy, "
+    "Tensor? rollout_logp, Tensor? ref_logp, int kind, int kl, float clip_low, float clip_high, "
+    "float dual_clip, float kl_coef, float entropy_coef, float tis_cap, bool tis_sequence, "
+    "bool per_token, float denom) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_BWD_SCHEMA = "(Tensor grad, Tensor grad_logp, Tensor grad_entropy) -> (Tensor, Tensor)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +115,15 @@ class PolicyLoss(NamedTuple):
 
 
 def unsupported_reason(backend: str, logp: torch.Tensor | None = None) -> str | None:
-    """Why `backend` (cuda | cpu | torch) cannot run here, or on this logp; None if it can."""
+    """Why `backend` (cuda | cpu | triton | torch) cannot run here, or on this logp; None if it can."""
     if backend == "torch":
         return None
-    if logp is None:
-        return machine_reason(backend)
-    if logp.device.type != backend:
-        return f"logp is on {logp.device.type}"
-    if logp.dtype != torch.float32:
+    if logp is not None and logp.dtype != torch.float32:
         return f"logp is {logp.dtype}; the kernels take float32"
+    if backend == "triton":
+        return triton_reason(None if logp is None else logp.device.type)
+    if logp is not None and logp.device.type != backend:
+        return f"logp is on {logp.device.type}"
     return machine_reason(backend)
 
 
@@ -130,31 +140,61 @@ def _policy_loss_bwd_fake(
     return torch.empty_like(grad_logp), torch.empty_like(grad_entropy)
 
 
+def _backward_of(op: str) -> Callable[..., tuple[Any, ...]]:
+    """Backward of the forward op, by the op named `op`."""
+
+    def backward(ctx: Any, grad_loss: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
+        grad_logp, grad_entropy = ctx.saved_tensors
+        to_logp, to_entropy = getattr(torch.ops.m2kernels, op)(grad_loss, grad_logp, grad_entropy)
+        grads: list[Any] = [None] * 19
+        grads[0] = to_logp
+        if grad_entropy.numel():
+            grads[5] = to_entropy
+        return tuple(grads)
+
+    return backward
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     _, stats, grad_logp, grad_entropy = output
     ctx.mark_non_differentiable(stats, grad_logp, grad_entropy)
     ctx.save_for_backward(grad_logp, grad_entropy)
 
 
-def _backward(ctx: Any, grad_loss: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
-    grad_logp, grad_entropy = ctx.saved_tensors
-    to_logp, to_entropy = torch.ops.m2kernels.policy_loss_bwd(grad_loss, grad_logp, grad_entropy)
-    grads: list[Any] = [None] * 19
-    grads[0] = to_logp
-    if grad_entropy.numel():
-        grads[5] = to_entropy
-    return tuple(grads)
-
-
 def _no_second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     raise RuntimeError("policy_loss has no second derivative; use backend='torch' for one")
 
 
+def _policy_loss_triton_fwd(*args: Any) -> tuple[torch.Tensor, ...]:
+    from m2kernels._policy_loss_triton import policy_loss_triton_fwd
+
+    return policy_loss_triton_fwd(*args)
+
+
+def _policy_loss_triton_bwd(*args: Any) -> tuple[torch.Tensor, ...]:
+    from m2kernels._policy_loss_triton import policy_loss_triton_bwd
+
+    return policy_loss_triton_bwd(*args)
+
+
+def _register(fwd: str, bwd: str) -> None:
+    """What an op needs besides its kernels: shapes for tracing, and its gradient."""
+    torch.library.register_fake(fwd, _policy_loss_fake)
+    torch.library.register_fake(bwd, _policy_loss_bwd_fake)
+    backward = _backward_of(bwd.removeprefix("m2kernels::"))
+    torch.library.register_autograd(fwd, backward, setup_context=_setup_context)
+    torch.library.register_autograd(bwd, _no_second_derivative)
+
+
 if CPU_ERROR is None:
-    torch.library.register_fake("m2kernels::policy_loss_fwd", _policy_loss_fake)
-    torch.library.register_fake("m2kernels::policy_loss_bwd", _policy_loss_bwd_fake)
-    torch.library.register_autograd("m2kernels::policy_loss_fwd", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("m2kernels::policy_loss_bwd", _no_second_derivative)
+    _register("m2kernels::policy_loss_fwd", "m2kernels::policy_loss_bwd")
+torch.library.custom_op(
+    "m2kernels::policy_loss_triton_fwd", _policy_loss_triton_fwd, mutates_args=(), schema=_FWD_SCHEMA
+)
+torch.library.custom_op(
+    "m2kernels::policy_loss_triton_bwd", _policy_loss_triton_bwd, mutates_args=(), schema=_BWD_SCHEMA
+)
+_register("m2kernels::policy_loss_triton_fwd", "m2kernels::policy_loss_triton_bwd")
 
 
 def _check_inputs(
@@ -239,7 +279,7 @@ def policy_loss(
         entropy: [M], differentiable; needed when spec.entropy_coef is not 0.
         rollout_logp: [M], log-probs that the rollout engine reported; needed for spec.tis_cap.
         ref_logp: [M], the reference policy's; needed when spec.kl_coef is not 0.
-        backend: auto | cuda | cpu | torch.
+        backend: auto | cuda | cpu | triton | torch.
 
     Returns:
         PolicyLoss(loss, metrics).
@@ -256,7 +296,11 @@ def policy_loss(
     number = _number(denom)
     chosen = choose_backend(_OP, backend, lambda name: unsupported_reason(name, logp))
     fixed = {k: None if v is None else v.detach() for k, v in optional.items() if k != "entropy"}
-    implementation = policy_loss_torch if chosen == "torch" else _policy_loss_native
+    implementation = policy_loss_torch
+    if chosen != "torch":
+        ops = torch.ops.m2kernels
+        op = ops.policy_loss_triton_fwd if chosen == "triton" else ops.policy_loss_fwd
+        implementation = functools.partial(_policy_loss_op, op)
     loss, metrics = implementation(logp, advantage.detach(), seq, number, spec, per_token, mask, entropy, **fixed)
     if logp.device.type == "cpu" and not torch.compiler.is_compiling():
         _raise_bad_seq(metrics["num_bad_seq"])
@@ -280,7 +324,8 @@ def spec_arguments(spec: LossSpec) -> tuple[int | float | bool, ...]:
     )
 
 
-def _policy_loss_native(
+def _policy_loss_op(
+    op: Callable[..., tuple[torch.Tensor, ...]],
     logp: torch.Tensor,
     advantage: torch.Tensor,
     seq: torch.Tensor,
@@ -294,12 +339,12 @@ def _policy_loss_native(
     rollout_logp: torch.Tensor | None,
     ref_logp: torch.Tensor | None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Call the registered op: the CPU or the CUDA kernel, by the tensors' device."""
+    """Call a registered op: Triton's, or the native one, CPU or CUDA by the tensors' device."""
 
     def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.contiguous()
 
-    loss, stats, _, _ = torch.ops.m2kernels.policy_loss_fwd(
+    loss, stats, _, _ = op(
         logp.contiguous(),
         dense(old_logp),
         advantage.contiguous(),

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -23,7 +23,6 @@ import m2kernels as mk
 from m2train.config import ConfigError, Recipe
 from m2train.learner import cpu_compat
 from m2train.learner.attention import PackedRows, packed_rows
-from m2train.learner.head import linear_logprob
 from m2train.learner.hf import stage_entries
 from m2train.learner.hf_config import HfModel
 from m2train.learner.spec import layer_spec, use_own_attention, use_transformer_engine
@@ -57,8 +56,20 @@ _FIXED = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeadLoss:
+    """The policy loss of a micro-batch; tensors are those of `m2kernels.linear_policy_loss`."""
+
+    old_logp: torch.Tensor | None
+    advantage: torch.Tensor
+    seq: torch.Tensor
+    rollout_logp: torch.Tensor
+    denom: float
+    spec: mk.LossSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HeadRows:
-    """Where the loss lives in a packed micro-batch."""
+    """What the head computes of a packed micro-batch."""
 
     rows: torch.Tensor
     """int64 [M]: packed rows before each scored token; where replies part, one row has several"""
@@ -66,6 +77,19 @@ class HeadRows:
     """int64 [M]: the scored token"""
     temperature: float
     vocab_size: int
+    loss: HeadLoss | None = None
+    """None: log-probs and entropies alone."""
+
+
+class HeadOutput(NamedTuple):
+    """What the last stage returns."""
+
+    logp: torch.Tensor
+    """f32[M]; has a gradient if there is no loss"""
+    entropy: torch.Tensor
+    """f32[M], no gradient"""
+    loss: torch.Tensor | None
+    metrics: dict[str, torch.Tensor]
 
 
 def transformer_config(model: HfModel, recipe: Recipe) -> TransformerConfig:
@@ -177,10 +201,12 @@ def _mark_shards(policy: PolicyModel) -> None:
 
 
 class PolicyModel(GPTModel):
-    """GPTModel whose last stage returns (log-prob, entropy) at chosen rows instead of logits.
+    """GPTModel whose last stage returns log-probs, entropies and the policy loss at chosen rows instead of logits.
 
     From 0.18 on GPTModel.forward takes an `output_processor` that is handed the hidden states. Before, `_postprocess`
-    is overridden. Which of the two is used depends on the signature only.
+    is overridden. Which of the two is used depends on the signature only. Either way the fused head runs as the
+    forward of `output_layer`, so that whoever hooks that module is called: DDP waits there for weights that are
+    still being gathered.
 
     Args:
         hf: the model's shape.
@@ -194,56 +220,109 @@ class PolicyModel(GPTModel):
         self.inverse_frequencies = hf.rope.inverse_frequencies(hf.head_dim).to(device)
         if hasattr(self, "rotary_pos_emb"):  # Transformer Engine path: same frequencies, Megatron applies them
             self.rotary_pos_emb.inv_freq = self.inverse_frequencies
+        self.announce = False
+        """Whether DDP counts gradients as they come (overlap): that of the head's weight is in main_grad already, but
+        the hook on the weight has to be called."""
         self._head_rows: HeadRows | None = None
+        if self.post_process:
+            self._logits = self.output_layer.forward
+            self.output_layer.forward = self._output
 
     def pack(self, forest: mk.TreePlan) -> PackedRows:
         """Packing description of a micro-batch."""
         return packed_rows(forest, self.inverse_frequencies, self.config.params_dtype)
 
     def score(self, tokens: torch.Tensor, packed: PackedRows, head: HeadRows, *, through: torch.nn.Module) -> Any:
-        """Forward of `tokens [1, T]`: (logp, entropy) f32[M] on the last stage, hidden states before it.
+        """Forward of `tokens [1, T]`: a HeadOutput on the last stage, hidden states before it.
 
         Args:
             through: this model or the DDP wrapper around it, which is the one called.
         """
         inputs = {"input_ids": tokens, "position_ids": None, "attention_mask": None, "packed_seq_params": packed}
-        if takes_output_processor(type(self)):
-            return through(**inputs, output_processor=self._process_output, output_processor_context=head)
         self._head_rows = head
         try:
+            if takes_output_processor(type(self)):
+                return through(**inputs, output_processor=self._process_output, output_processor_context=head)
             return through(**inputs)
         finally:
             self._head_rows = None
 
-    def _process_output(
-        self, *, hidden_states: torch.Tensor, context: HeadRows, **_: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.head(hidden_states, context)
+    def _process_output(self, *, hidden_states: torch.Tensor, **_: Any) -> HeadOutput:
+        return self._head(hidden_states)
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._head_rows is None:
             return super()._postprocess(hidden_states, *args, **kwargs)
-        return self.head(hidden_states, self._head_rows) if self.post_process else hidden_states
+        return self._head(hidden_states) if self.post_process else hidden_states
 
-    def head(self, hidden: torch.Tensor, head: HeadRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """(logp, entropy) from the last layer's `[T, 1, D]`, or `[T / tp, 1, D]` under sequence parallelism."""
+    def _head(self, hidden: torch.Tensor) -> HeadOutput:
+        """HeadOutput from the last layer's `[T, 1, D]`, or `[T / tp, 1, D]` under sequence parallelism."""
+        tied = self.share_embeddings_and_output_weights
+        out: HeadOutput = self.output_layer(hidden, weight=self.shared_embedding_or_output_weight() if tied else None)
+        return out
+
+    def _output(self, hidden: torch.Tensor, weight: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Stands for `output_layer.forward`: the fused head while `score` runs, logits otherwise."""
+        if self._head_rows is None:
+            return self._logits(hidden, weight, *args, **kwargs)
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden)
-        tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        assert weight is not None
-        return linear_logprob(
-            hidden[:, 0],
+        return self._fused_head(hidden[:, 0], self.output_layer.weight if weight is None else weight, self._head_rows)
+
+    def _fused_head(self, hidden: torch.Tensor, weight: torch.Tensor, head: HeadRows) -> HeadOutput:
+        common: dict[str, Any] = {
+            "rows": head.rows,
+            "temperature": head.temperature,
+            "vocab_size": head.vocab_size,
+            "tp_group": parallel_state.get_tensor_model_parallel_group(),
+            "vocab_start": weight.shape[0] * parallel_state.get_tensor_model_parallel_rank(),
+        }
+        loss = head.loss
+        if loss is None:
+            logp, entropy = mk.linear_logprob(hidden, weight, head.target, entropy=True, **common)
+            assert entropy is not None
+            return HeadOutput(logp, entropy.detach(), None, {})
+        found = mk.linear_policy_loss(
+            hidden,
             weight,
             head.target,
-            rows=head.rows,
-            temperature=head.temperature,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            vocab_start=weight.shape[0] * parallel_state.get_tensor_model_parallel_rank(),
-            vocab_size=head.vocab_size,
+            loss.old_logp,
+            loss.advantage,
+            loss.seq,
+            denom=loss.denom,
+            spec=loss.spec,
+            rollout_logp=loss.rollout_logp,
+            main_grad=weight.main_grad,  # type: ignore[attr-defined]  # DDP's fp32 buffer
+            grad_scale=self._loss_factor(),
+            **common,
         )
+        value = _announce(found.loss, weight) if self.announce else found.loss
+        return HeadOutput(found.logp, found.entropy, value, found.metrics)
+
+    def _loss_factor(self) -> float:
+        """What the schedule multiplies a loss by (`calculate_per_token_loss`: by nothing else)."""
+        scale = self.config.grad_scale_func
+        return 1.0 if scale is None else float(scale(torch.ones(1)))
+
+
+class _Announce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.like = (weight.shape, weight.dtype, weight.device)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shape, dtype, device = ctx.like
+        return grad, torch.zeros((), dtype=dtype, device=device).expand(shape)
+
+
+def _announce(loss: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The loss, whose backward gives the weight a gradient of zeros."""
+    out: torch.Tensor = _Announce.apply(loss, weight)
+    return out
 
 
 def takes_output_processor(model_class: type[Any]) -> bool:

@@ -27,7 +27,7 @@ from m2train.learner.batch import TrainBatch
 from m2train.learner.hf import export_weights, import_weights
 from m2train.learner.hf_config import read_hf_config
 from m2train.learner.metrics import step_metrics
-from m2train.learner.model import DTYPES, HeadRows, build_model
+from m2train.learner.model import DTYPES, HeadLoss, HeadOutput, HeadRows, build_model
 from m2train.learner.packing import Costs, MicroBatch, StepPlan, build_micro_batch, plan_step
 from m2train.learner.parallel import device, gather_to_first, is_scoring_rank, start_model_parallel
 from m2train.learner.schedule import learning_rate
@@ -80,9 +80,12 @@ class Trainer:
         start_model_parallel(recipe)
         self.policy = build_model(self.hf, recipe)
         import_weights(self.hf, self.parameters(), model_dir)
-        self.ddp = _wrap(self.policy)
+        self.ddp = _wrap(self.policy, recipe)
         self.optimizer = _build_optimizer(self.ddp, recipe)
         self.policy.config.finalize_model_grads_func = finalize_model_grads
+        if recipe.learner.overlap:
+            self.policy.announce = True
+            self.policy.config.no_sync_func = self.ddp.no_sync  # only the last micro-batch starts a reduction
         self._spec = loss_spec(recipe.algo)
         cpu_compat.apply()  # modules that came in with DDP and the optimizer
         self._planner = ThreadPoolExecutor(1, "plan")
@@ -165,6 +168,7 @@ class Trainer:
     def export(self, path: Path, dtype: str) -> dict[str, float]:
         """Write the weights as one Hugging Face safetensors file; seconds and bytes on rank 0."""
         started = time.perf_counter()
+        self._gather_weights()
         with _range("export"):
             facts = export_weights(self.hf, self.parameters(), path, DTYPES[dtype])
         return facts | {"seconds": time.perf_counter() - started} if facts else {}
@@ -175,10 +179,16 @@ class Trainer:
         Megatron copies the optimizer's state up to three times on the way, and on CPU the allocator is told to keep
         what a step frees (client.py). Both sides of the save give it back: 11.5 GB resident became 7.5 for SmolLM2.
         """
+        self._gather_weights()
         trim_heap()
         with _range("save"):
             checkpoint.save(self, path)
         trim_heap()
+
+    def _gather_weights(self) -> None:
+        """Whole weights on every rank: with overlap the next forward would gather them."""
+        if self.recipe.learner.overlap and self.update:
+            self.ddp.start_param_sync(force_sync=True)
 
     def _plan_ahead(self, batch: TrainBatch) -> Future[StepPlan]:
         """Start planning on a thread; the planner works outside the GIL."""
@@ -203,41 +213,41 @@ class Trainer:
 
     def _forward(self, batch: TrainBatch, train: bool, data: Iterator[tuple[int, MicroBatch]], _: Any) -> Any:
         index, micro = next(data)
-        head = HeadRows(rows=micro.rows, target=micro.target, temperature=batch.temperature, vocab_size=self.hf.vocab)
-        out = self.policy.score(micro.tokens, self.policy.pack(micro.forest), head, through=self.ddp)
-        return out, partial(self._loss, batch, train, index, micro)
-
-    def _loss(
-        self, batch: TrainBatch, train: bool, index: int, micro: MicroBatch, out: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, Scored]:
-        logp, entropy = out
-        metrics: dict[str, torch.Tensor] = {}
+        loss = None
         if train and micro.members:
-            result = mk.policy_loss(
-                logp,
-                micro.old_logp,
-                micro.advantage,
-                micro.seq,
+            loss = HeadLoss(
+                old_logp=micro.old_logp,
+                advantage=micro.advantage,
+                seq=micro.seq,
+                rollout_logp=micro.rollout_logp,
                 denom=batch.denom,
                 spec=self._spec,
-                entropy=entropy if self._spec.entropy_coef else None,
-                rollout_logp=micro.rollout_logp,
             )
-            loss = result.loss
-            metrics = {name: value.detach().cpu() for name, value in result.metrics.items()}
-        else:  # a dummy still takes part in the backward, so that all ranks issue the same collectives
-            loss = logp.sum() * 0.0
+        head = HeadRows(
+            rows=micro.rows,
+            target=micro.target,
+            temperature=batch.temperature,
+            vocab_size=self.hf.vocab,
+            loss=loss,
+        )
+        out = self.policy.score(micro.tokens, self.policy.pack(micro.forest), head, through=self.ddp)
+        return out, partial(self._loss, index, micro)
+
+    def _loss(self, index: int, micro: MicroBatch, out: HeadOutput) -> tuple[torch.Tensor, torch.Tensor, Scored]:
+        # Without a loss (a dummy, or log-probs alone) a zero still takes part in the backward, so that all ranks
+        # issue the same collectives.
+        loss = out.logp.sum() * 0.0 if out.loss is None else out.loss
         # Gradients are summed over micro-batches and DP ranks, then divided by the total of these counts: one.
         share = int(index == 0 and parallel_state.get_data_parallel_rank() == 0)
-        count = torch.tensor(share, dtype=torch.int, device=logp.device)
+        count = torch.tensor(share, dtype=torch.int, device=loss.device)
         scored = Scored(
             members=micro.members,
-            logp=logp.detach().cpu(),
-            entropy=float(entropy.detach().sum()),
+            logp=out.logp.detach().cpu(),
+            entropy=float(out.entropy.sum()),
             loss=float(loss.detach()),
-            metrics=metrics,
+            metrics={name: value.cpu() for name, value in out.metrics.items()},
         )
-        if train and not math.isfinite(scored.loss):
+        if out.loss is not None and not math.isfinite(scored.loss):
             raise FloatingPointError(f"loss is {scored.loss} in micro-batch {index} of update {self.update}")
         return loss, count, scored
 
@@ -255,9 +265,12 @@ def loss_spec(algo: AlgoConfig) -> mk.LossSpec:
     )
 
 
-def _wrap(policy: torch.nn.Module) -> DistributedDataParallel:
+def _wrap(policy: torch.nn.Module, recipe: Recipe) -> DistributedDataParallel:
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=recipe.learner.overlap,
+        overlap_param_gather=recipe.learner.overlap,
     )
     return DistributedDataParallel(policy.config, config, policy)
 

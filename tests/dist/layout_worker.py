@@ -7,15 +7,17 @@ the test compares to FOLDER/<layout>.pt.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from learner_models import VARIANTS, make_batch, make_recipe
+from learner_models import OVERLAPPED, VARIANTS, make_batch, make_recipe
 from megatron.core import parallel_state
 from torch import distributed as dist
 
 from m2train.learner import optimizer_fixes
+from m2train.learner import trainer as trainer_module
 from m2train.learner.batch import TrainBatch
 from m2train.learner.hf import export_weights
 from m2train.learner.parallel import start_process_group
@@ -62,6 +64,29 @@ class Layout:
             from safetensors.torch import load_file
 
             out["grads"] = load_file(grads)
+        return out
+
+    def trained(self, variant: str, **learner: Any) -> dict[str, Any]:
+        """Three steps of several micro-batches in many small buckets, then log-probs and the exported weights.
+
+        No clipping: the norm is summed in another order where the shards are others.
+        """
+        whole, trainer_module.DistributedDataParallelConfig = (
+            trainer_module.DistributedDataParallelConfig,
+            partial(trainer_module.DistributedDataParallelConfig, bucket_size=2000),
+        )
+        trainer = self.trainer(variant, micro_batches=2, clip_grad=0.0, **learner)
+        trainer_module.DistributedDataParallelConfig = whole
+        assert not learner.get("overlap") or len(trainer.ddp.bucket_groups) > 4
+        results = [trainer.train_step(make_batch(seed)) for seed in range(3)]
+        path = self.folder / f"{self.name}_{variant}_trained.safetensors"
+        trainer.export(path, "float32")
+        out: dict[str, Any] = {"logp": [x for r in results for x in r.logp], "metrics": [r.metrics for r in results]}
+        out["final"] = trainer.logprobs(make_batch())
+        if dist.get_rank() == 0:
+            from safetensors.torch import load_file
+
+            out["weights"] = {name: value.clone() for name, value in load_file(path).items()}
         return out
 
     def round_trip(self, variant: str, dtype: str = "float32") -> Path:
@@ -141,6 +166,9 @@ def main() -> None:
     if layout.sizes == (1, 1, 2):
         out["unbroken"] = unbroken(layout, folder / "ckpt_dp2")
         out["micro4"] = layout.three_steps("qwen3", micro_batches=4)
+        for variant in OVERLAPPED:
+            out["apart", variant] = layout.trained(variant)
+            out["overlap", variant] = layout.trained(variant, overlap=True)
     if layout.sizes == (2, 2, 1):
         out["resumed"] = resumed(layout, folder / "ckpt_dp2")
         out["micro4"] = layout.three_steps("qwen3", micro_batches=4)

@@ -34,6 +34,7 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 VARIANTS = ("llama", "llama_tied", "qwen2", "qwen3")
+OVERLAPPED = ("llama_tied", "qwen3")  # tied and untied head
 
 
 def write_model(folder: Path, variant: str, dtype: torch.dtype = torch.float32) -> Path:

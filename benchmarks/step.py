@@ -1,0 +1,331 @@
+"""Step bench: the learner alone, on saved or synthetic rollouts and random weights of a named model shape.
+
+    python benchmarks/step.py --model smollm2-135m --layers 4 --steps 8
+    python benchmarks/step.py --model smollm2-135m --rollouts runs/demo-0 --rollout-step 3
+
+Starts the ranks with torchrun, as the trainer does, and alternates between variants step by step, so that all see the
+same machine:
+
+    packed       what the trainer does: replies share micro-batches, chunked LM head
+    unpacked     one reply a micro-batch
+    eager-head   packed, with all logits of a micro-batch at once
+
+Prints tokens/s, MFU against the GEMM rate measured on this machine, phases and peak memory of each, and an Amdahl
+table: the share of the step that an op has, times what a variant of the op gains alone, predicts what the step gains;
+the measured gain stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from m2train.bench import ceilings, env, shapes, stats
+from m2train.bench.models import model_config, write_random_model
+from m2train.bench.steps import make_recipe, recorded_batch, step_flops, synthetic_batch
+
+VARIANTS = ("packed", "unpacked", "eager-head")
+PHASES = {"forward and backward": "learner/forward_backward_s", "optimizer": "learner/optimizer_s"}
+OP_REPEATS = 5
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m", choices=sorted(shapes.MODELS))
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--groups", type=int, default=4, help="of synthetic rollouts")
+    parser.add_argument("--group-size", type=int, default=4)
+    parser.add_argument("--prompt", type=int, default=64, help="mean tokens")
+    parser.add_argument("--reply", type=int, default=48, help="mean tokens; lognormal with a long tail")
+    parser.add_argument("--longest", type=int, default=256, help="tokens of a reply at most")
+    parser.add_argument("--rollouts", type=Path, help="a run directory whose rollouts are trained on instead")
+    parser.add_argument("--rollout-step", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=10, help="of each variant, after one that is not counted")
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--micro-batch-tokens", type=int, default=1024)
+    for name in ("tp", "pp", "dp"):
+        parser.add_argument(f"--{name}", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a rank")
+    parser.add_argument(
+        "--clock", choices=("cpu", "wall"), help="default: CPU time for one rank of one thread, else wall"
+    )
+    parser.add_argument("-o", "--out", type=Path, help="append the result to this file, a JSON line")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.variants = args.variants.split(",")
+    alone = args.tp * args.pp * args.dp * args.threads == 1 and not torch.cuda.is_available()
+    args.clock = args.clock or ("cpu" if alone else "wall")
+    unknown = set(args.variants) - set(VARIANTS)
+    if unknown:
+        parser.error(f"no variant {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
+    if "eager-head" in args.variants and args.tp > 1:
+        parser.error("variant eager-head has the whole vocabulary on a rank: it needs --tp 1")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------- a rank
+
+
+def eager_head(
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The learner's head with all logits at once; arguments as m2train.learner.head.linear_logprob."""
+    logits = (hidden.index_select(0, options["rows"]) @ weight[: options["vocab_size"]].t()).float()
+    logp = torch.log_softmax(logits / options["temperature"], dim=-1)
+    return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+class Rank:
+    """One rank under torchrun: builds the trainer once, then runs the variants in turn."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        from m2train.learner import parallel
+        from m2train.learner.trainer import Trainer
+
+        parallel.start_process_group(1800.0)
+        self.args = args
+        self.config = json.loads((folder / "config.json").read_text())
+        self.batch = load(args, self.config["vocab_size"])
+        layout = {"tp": args.tp, "pp": args.pp, "dp": args.dp, "threads": args.threads}
+        recipe = make_recipe(
+            self.batch, dtype=args.dtype, lr=1e-9, micro_batch_tokens=args.micro_batch_tokens, **layout
+        )
+        self.trainer = Trainer(recipe, folder)
+
+    @contextmanager
+    def variant(self, name: str) -> Iterator[None]:
+        """Make the trainer this variant."""
+        from m2train.learner import model
+
+        chunked: Callable[..., Any] = model.linear_logprob
+        recipe = self.trainer.recipe
+        packing = "none" if name == "unpacked" else "varlen"
+        learner = recipe.learner.model_copy(update={"packing": packing})
+        self.trainer.recipe = recipe.model_copy(update={"learner": learner})
+        model.linear_logprob = eager_head if name == "eager-head" else chunked
+        try:
+            yield
+        finally:
+            model.linear_logprob = chunked
+
+    def step(self, name: str) -> dict[str, float]:
+        """One step; seconds, phases (always elapsed time), and the peak of this rank's memory."""
+        from torch import distributed as dist
+
+        cuda = torch.cuda.is_available()
+        with self.variant(name):
+            dist.barrier()
+            reset_peak(cuda)
+            start = now(self.args.clock)
+            result = self.trainer.train_step(self.batch)
+            seconds = now(self.args.clock) - start
+        found = {"seconds": seconds, "peak_bytes": float(peak(cuda))}
+        if result.metrics:
+            found |= {phase: result.metrics[key] for phase, key in PHASES.items()}
+            found["micro_batches"] = result.metrics["learner/micro_batches"]
+            found["packing_efficiency"] = result.metrics["learner/packing_efficiency"]
+        return found
+
+    def op_seconds(self) -> dict[str, float]:
+        """Seconds a step that the head takes alone, forward and backward, over the packed micro-batches of rank 0."""
+        from m2train.learner.batch import build_micro_batch, plan_micro_batches
+        from m2train.learner.head import linear_logprob
+        from m2train.learner.model import DTYPES
+        from m2train.learner.parallel import device
+
+        with self.variant("packed"):
+            lengths = [s.token_ids.numel() for s in self.batch.samples]
+            plan = plan_micro_batches(lengths, self.trainer.recipe, self.config["hidden_size"])[0]
+        dtype = DTYPES[self.args.dtype]
+        rows_v = self.config["vocab_size"] // self.args.tp
+        weight = (torch.randn(rows_v, self.config["hidden_size"]) * 0.02).to(device(), dtype).requires_grad_()
+        micros = [build_micro_batch(self.batch, members, 1, device()) for members in plan]
+        total = {"packed": 0.0, "eager-head": 0.0}
+        for micro in micros:
+            hidden = (
+                torch.randn(micro.tokens.shape[1], self.config["hidden_size"]).to(device(), dtype).requires_grad_()
+            )
+            options: dict[str, Any] = {"rows": micro.rows, "temperature": 1.0, "tp_group": None}
+            options |= {"vocab_start": 0, "vocab_size": rows_v}
+            target = micro.target % rows_v
+            found: dict[str, list[float]] = {name: [] for name in total}
+            for _ in range(OP_REPEATS + 1):  # in turn, so that both see the same machine; the first round is dropped
+                for name, head in (("packed", linear_logprob), ("eager-head", eager_head)):
+                    start = now(self.args.clock)
+                    logp, _ = head(hidden, weight, target, **options)
+                    torch.autograd.grad(logp.sum(), (hidden, weight))
+                    found[name].append(now(self.args.clock) - start)
+            for name, seconds in found.items():
+                total[name] += median(seconds[1:])
+        return total
+
+
+def now(clock: str) -> float:
+    """Seconds, once the device is idle."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.process_time() if clock == "cpu" else time.perf_counter()
+
+
+def reset_peak(cuda: bool) -> None:
+    """Forget earlier peaks of memory."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(cuda: bool) -> int:
+    """Bytes at the most since `reset_peak`: of the allocator, or of the resident set."""
+    if cuda:
+        return torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def load(args: argparse.Namespace, vocab: int) -> Any:
+    """The batch: recorded or synthetic."""
+    if args.rollouts is not None:
+        return recorded_batch(args.rollouts, args.rollout_step)
+    prompts = shapes.ragged(args.groups, args.prompt, 4 * args.prompt, seed=1)
+    lengths = shapes.ragged(args.groups * args.group_size, args.reply, args.longest)
+    return synthetic_batch(prompts, lengths, args.group_size, vocab)
+
+
+def rank_main(args: argparse.Namespace) -> None:
+    """What torchrun starts; rank 0 writes the measurements."""
+    from torch import distributed as dist
+
+    torch.set_num_threads(args.threads)
+    rank = Rank(args, args.worker)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in args.variants}
+    for number in range(args.steps + 1):
+        order = args.variants if number % 2 else args.variants[::-1]
+        for name in order:
+            one = rank.step(name)
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, one)
+            # Ranks wait for each other: the slowest one's time counts, and the largest memory.
+            one = gathered[0] | {k: max(g[k] for g in gathered) for k in ("seconds", "peak_bytes")}
+            if number:
+                found[name].append(one)
+    first = dist.get_rank() == 0
+    ops = rank.op_seconds() if first else {}
+    if first:
+        (args.worker / "result.json").write_text(json.dumps({"steps": found, "ops": ops}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------- the parent
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Start the ranks on a random model and read what they measured."""
+    ranks = args.tp * args.pp * args.dp
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={ranks}"),
+        *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
+        *(str(Path(__file__).resolve()), *sys.argv[1:], "--worker", str(folder)),
+    ]
+    extra = {"OMP_NUM_THREADS": str(args.threads)}
+    if not torch.cuda.is_available():
+        extra["TORCHDYNAMO_DISABLE"] = "1"  # as the trainer: Megatron's jit_fuser would compile for seconds
+    subprocess.run(command, env=os.environ | extra, check=True)
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    args = arguments()
+    if args.worker is not None:
+        rank_main(args)
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = model_config(args.model, layers=args.layers)
+    with tempfile.TemporaryDirectory(prefix="m2bench-step-") as scratch:
+        folder = write_random_model(Path(scratch), config, args.dtype)
+        found = measure(args, folder)
+    best = ceilings.measure(device, args.threads, 0.3)
+    peak_rate = best["bf16" if args.dtype == "bfloat16" else "fp32"] * args.tp * args.pp * args.dp
+    batch = load(args, config["vocab_size"])
+    tokens, flops = sum(s.token_ids.numel() for s in batch.samples), step_flops(config, batch)
+    result = {
+        "model": args.model,
+        "layers": config["num_hidden_layers"],
+        "dtype": args.dtype,
+        "ranks": {"tp": args.tp, "pp": args.pp, "dp": args.dp, "threads": args.threads},
+        "clock": args.clock,
+        "batch": {"replies": len(batch.samples), "tokens": tokens, "flops": flops},
+        "peak_flops": peak_rate,
+        "machine": env.machine(device),
+        "build": env.build(),
+        **found,
+    }
+    print(render(result, tokens, flops, peak_rate))
+    if args.out is not None:
+        with args.out.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+
+
+def render(result: dict[str, Any], tokens: int, flops: float, peak_rate: float) -> str:
+    """The tables."""
+    b = result["batch"]
+    lines = [
+        f"{result['model']}, {result['layers']} layers, {result['dtype']}, {result['ranks']}",
+        f"{b['replies']} replies, {tokens} tokens, {flops:.3g} FLOPs a step; "
+        f"GEMM rate of this machine {peak_rate:.3g} FLOP/s; clock: {result['clock']} time, phases: wall",
+        "",
+        f"{'variant':<11} {'step s [95 %]':<24} {'tokens/s':>9} {'MFU %':>6} {'fwd+bwd s':>9} {'optim. s':>8} "
+        f"{'peak MiB':>8} {'micro-b.':>8} {'fill %':>6}",
+    ]
+    for name, steps in result["steps"].items():
+        seconds = [s["seconds"] for s in steps]
+        middle = median(seconds)
+        low, high = stats.bootstrap_median([seconds])
+        phase = [median(s[p] for s in steps) for p in PHASES]
+        lines.append(
+            f"{name:<11} {f'{middle:.3f} [{low:.3f}, {high:.3f}]':<24} {tokens / middle:>9.0f} "
+            f"{100 * flops / middle / peak_rate:>6.1f} {phase[0]:>9.3f} {phase[1]:>8.3f} "
+            f"{max(s['peak_bytes'] for s in steps) / 2**20:>8.0f} {steps[0]['micro_batches']:>8.0f} "
+            f"{100 * steps[0]['packing_efficiency']:>6.1f}"
+        )
+    return "\n".join([*lines, "", *amdahl(result["steps"], result["ops"])])
+
+
+def amdahl(steps: dict[str, list[dict[str, float]]], ops: dict[str, float]) -> Sequence[str]:
+    """Share of an op x its own gain = predicted gain of the step, beside the measured one.
+
+    Gains are times of the variant over times of `packed`: under 1 is faster.
+    """
+    if "packed" not in steps or "eager-head" not in steps:
+        return ["no Amdahl table: it takes the variants packed and eager-head"]
+    base = [s["seconds"] for s in steps["packed"]]
+    share = ops["packed"] / median(base)
+    gain = ops["eager-head"] / ops["packed"]
+    predicted = 1 - share + share * gain
+    measured, low, high = stats.bootstrap_ratio([[s["seconds"] for s in steps["eager-head"]]], [base])
+    return [
+        "op       share of the step  op: eager/chunked  step: predicted  step: measured [95 %]",
+        f"LM head  {100 * share:>15.1f} %  {f'x{gain:.3f}':>17}  {f'x{predicted:.3f}':>15}  "
+        f"x{measured:.3f} [{low:.3f}, {high:.3f}]",
+    ]
+
+
+if __name__ == "__main__":
+    main()

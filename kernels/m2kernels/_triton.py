@@ -1,0 +1,100 @@
+"""What every Triton backend shares: whether it can run here, and how a kernel is launched.
+
+Triton is imported by the modules that hold kernels, and those only when an op needs them, so that
+``import m2kernels`` works without it.
+"""
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+INTERPRETER_PROGRAMS = 2
+"""Programs of a persistent kernel under the interpreter: enough to take turns, and quick."""
+
+
+def interpreting() -> bool:
+    """Does TRITON_INTERPRET=1 ask for Triton's interpreter? Then kernels run on CPU tensors only."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@torch.compiler.assume_constant_result
+def triton_reason(device_type: str | None = None, capability: tuple[int, int] = (8, 0)) -> str | None:
+    """Why Triton kernels cannot run here, or on tensors of this device type; None if they can.
+
+    Args:
+        device_type: "cuda", "cpu", ...; None asks about the machine alone.
+        capability: the least compute capability that the kernels are written for.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreting():
+        if device_type not in (None, "cpu"):
+            return f"TRITON_INTERPRET=1 takes CPU tensors; these are on {device_type}"
+        return None
+    if device_type not in (None, "cuda"):
+        return f"the tensors are on {device_type}; on a CPU, Triton needs TRITON_INTERPRET=1"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    if torch.cuda.get_device_capability() < capability:
+        have, want = (".".join(map(str, c)) for c in (torch.cuda.get_device_capability(), capability))
+        return f"the device has compute capability {have}; the kernels need {want}"
+    return None
+
+
+def bf16_reason(dtype: torch.dtype | None) -> str | None:
+    """Triton's interpreter does integer arithmetic on bfloat16, and says nothing; the tests mend it."""
+    if not interpreting() or dtype != torch.bfloat16:
+        return None
+    from triton.runtime import interpreter
+
+    return None if getattr(interpreter, "BF16_IS_MENDED", False) else "Triton's interpreter is wrong in bfloat16"
+
+
+HEAD_CAPABILITY = (9, 0)
+"""The head's tiles need Hopper's shared memory, and are made for its tensor maps and wgmma."""
+ALIGNMENT = 16
+"""Bytes: what a tensor map asks of its base and of its row stride."""
+
+
+@torch.compiler.assume_constant_result
+def triton_head_reason(hidden: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> str | None:
+    """Why Triton cannot run the head here, or with GEMMs of `dtype` on hidden [N, D]; None if it can."""
+    why = triton_reason(None if hidden is None else hidden.device.type, HEAD_CAPABILITY)
+    if why is not None or hidden is None or dtype is None:
+        return why
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the computation is in {dtype}; the kernels take bfloat16, float16 and float32"
+    if hidden.shape[1] * dtype.itemsize % ALIGNMENT:
+        return f"hidden has {hidden.shape[1]} columns; expected a multiple of {ALIGNMENT // dtype.itemsize}"
+    return bf16_reason(dtype)
+
+
+def num_programs(device: torch.device) -> int:
+    """How many programs fill the device with one each: the size of a persistent grid."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return INTERPRETER_PROGRAMS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One launch of a kernel, not yet made: the sm_90 gate compiles what :meth:`run` would run."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(self, device: torch.device) -> None:
+        """Launch on the current stream of `device`; an empty grid launches nothing."""
+        if 0 in self.grid:
+            return
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                self.kernel[self.grid](*self.args, **self.meta)
+        else:
+            self.kernel[self.grid](*self.args, **self.meta)

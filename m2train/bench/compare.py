@@ -1,0 +1,299 @@
+"""A against B: the same rows on two commits, or in two row files, with a verdict for each.
+
+Two commits: each is built; pairs of processes, one of each side, are alive at a time, and launches alternate
+between them A B B A, so that whatever the machine does to one side it does to the other. The unit of the interval is
+the pair: processes differ from each other by several percent for reasons of their own (memory layout above all),
+which no number of launches in one of them averages out. Harness and cases are those of this checkout for both sides.
+
+Two files: medians of processes that ran apart in time (Welch); coarser, and the limit says so.
+
+The level of the intervals is corrected for the number of rows: a comparison of equal code calls any of its rows
+FASTER or SLOWER with probability 0.05 at most.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from m2train.bench import registry, stats
+from m2train.bench.build import Build, build
+from m2train.bench.pool import Worker, WorkerConfig, workers
+from m2train.bench.registry import Selector
+from m2train.bench.report.select import latest, short
+from m2train.bench.rows import read_rows
+from m2train.bench.schema import Row
+from m2train.bench.stats import Judgement
+
+Say = Callable[[str], None]
+SECONDS = 0.6
+"""Of sampling, per row and pair."""
+MIN_SAMPLE_S = 2e-3
+WARMUP_S = 0.15
+MIN_QUADS, MAX_QUADS = 6, 60
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompareOptions:
+    """What `m2bench compare` was asked for."""
+
+    cases: Path
+    patterns: tuple[str, ...] = ()
+    device: str = "cpu"
+    timer: str = "cpu"
+    cache: str = "warm"
+    threads: int = 1
+    pairs: int = 8
+    margin: float = 0.03
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """The verdict on a row."""
+
+    name: str
+    judgement: Judgement
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """What was found."""
+
+    a: str
+    b: str
+    how: str
+    lines: list[Line]
+    missing: list[str] = field(default_factory=list)
+    """Rows that cannot be compared, with the reason: absent or wrong on one side."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    case: str
+    shape: str
+    dtype: str
+    impl: str
+    phase: str
+    cache: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.case}/{self.impl}/{self.shape}/{self.phase} {self.dtype} {self.cache}"
+
+
+def both_files(a: str, b: str) -> bool:
+    """Whether both sides are row files (or folders of them).
+
+    Raises:
+        ValueError: one is, the other is not.
+    """
+    found = [
+        Path(side).suffix == ".jsonl" or (Path(side).is_dir() and any(Path(side).rglob("*.jsonl"))) for side in (a, b)
+    ]
+    if found[0] != found[1]:
+        raise ValueError(f"{a} and {b}: one is a row file, the other is not; compare two files, or two commits")
+    return found[0]
+
+
+def compare(a: str, b: str, options: CompareOptions, say: Say) -> Comparison:
+    """Compare two commits or two row files.
+
+    Raises:
+        ValueError: a side, or a row that was asked for, is not there.
+        WorkerError: a measuring process died.
+    """
+    if both_files(a, b):
+        return _compare_files(a, b, options)
+    return _compare_builds(build(a, options.cases, say), build(b, options.cases, say), options, say)
+
+
+# ------------------------------------------------------------------------------------------------- two builds
+
+
+def _compare_builds(a: Build, b: Build, options: CompareOptions, say: Say) -> Comparison:
+    configs = [
+        WorkerConfig(
+            cases=options.cases,
+            device=options.device,
+            timer=options.timer,
+            threads=options.threads,
+            site=side.site,
+        )
+        for side in (a, b)
+    ]
+    logs: dict[str, list[float]] = {}
+    missing: dict[str, str] = {}
+    places: list[_Place] | None = None
+    for pair in range(options.pairs):
+        say(f"pair {pair + 1} of {options.pairs}")
+        order = (0, 1) if pair % 2 == 0 else (1, 0)  # neither side is always the one that started first
+        with workers([configs[i] for i in order]) as started:
+            sides = [started[order.index(0)], started[order.index(1)]]
+            if places is None:
+                places = _places(sides, options, missing)
+            for place in places:
+                if place.name in missing:
+                    continue
+                logs.setdefault(place.name, []).append(_pair_ratio(sides, place, options))
+    lines = [
+        Line(name=name, judgement=stats.judge_pairs(found, rows=len(logs), margin=options.margin))
+        for name, found in logs.items()
+    ]
+    how = f"{options.pairs} pairs of processes, launches alternating A B B A, timer {options.timer}"
+    return Comparison(
+        a=f"{a.ref} ({a.sha[:10]})",
+        b=f"{b.ref} ({b.sha[:10]})",
+        how=how,
+        lines=lines,
+        missing=[f"{name}: {reason}" for name, reason in missing.items()],
+    )
+
+
+def _places(sides: list[Worker], options: CompareOptions, missing: dict[str, str]) -> list[_Place]:
+    """The rows to compare; those that are absent or wrong on a side go into `missing`."""
+    found = []
+    for spec, shape, selector in registry.select(registry.load(options.cases), options.patterns, "smoke"):
+        dtype = registry.dtype_name(spec.dtypes[0])
+        opened = [side.ask("open", case=spec.name, shape=shape, dtype=dtype) for side in sides]
+        skip = next((answer["skip"] for answer in opened if "skip" in answer), None)
+        if skip is not None:
+            missing[f"{spec.name}/{shape}"] = skip
+            continue
+        chosen = [side.ask("choose", pattern=asdict(selector), suite="smoke") for side in sides]
+        for phase in chosen[0]["phases"]:
+            for impl in _impls(chosen, selector):
+                place = _Place(
+                    case=spec.name,
+                    shape=shape,
+                    dtype=dtype,
+                    impl=impl,
+                    phase=phase,
+                    cache=options.cache if chosen[0]["rotates"] else "warm",
+                )
+                reason = _wrong(sides, chosen, place)
+                if reason is not None:
+                    missing[place.name] = reason
+                found.append(place)
+    if not found:
+        raise ValueError("nothing to compare: no row of ours runs here")
+    return found
+
+
+def _impls(chosen: list[dict[str, Any]], selector: Selector) -> list[str]:
+    names = list(dict.fromkeys(name for side in chosen for name in side["impls"]))
+    if selector.impl != "*":
+        return fnmatch.filter(names, selector.impl)
+    return [name for name in names if any(name in side["ours"] for side in chosen)]
+
+
+def _wrong(sides: list[Worker], chosen: list[dict[str, Any]], place: _Place) -> str | None:
+    for label, side, answer in zip("AB", sides, chosen, strict=True):
+        if place.impl not in answer["impls"]:
+            return f"not on side {label}: {answer['skipped'].get(place.impl, 'no such implementation')}"
+        numerics = side.ask("check", phase=place.phase, impls=[place.impl])[place.impl]["numerics"]
+        if numerics["verdict"] != "ok":
+            return f"wrong on side {label}: {numerics['reason']}"
+    return None
+
+
+def _pair_ratio(sides: list[Worker], place: _Place, options: CompareOptions) -> float:
+    """log(time of B / time of A) of one pair of processes: the median over quadruples A B B A."""
+    common = {"phase": place.phase, "cache": place.cache, "impl": place.impl, "warmup_s": WARMUP_S}
+    common |= {"min_sample_s": MIN_SAMPLE_S}
+    for side in sides:
+        side.ask("open", case=place.case, shape=place.shape, dtype=place.dtype)
+    each = sides[0].ask("arm", **common)["per_sample"]
+    sides[1].ask("arm", **common, per_sample=each)
+    quads = 2 if options.timer == "callgrind" else MIN_QUADS
+    found: list[float] = []
+    spent = 0.0
+    while len(found) < quads or (options.timer != "callgrind" and spent < SECONDS and len(found) < MAX_QUADS):
+        first, second, third, fourth = (sides[i].ask("sample", count=1)[0] for i in (0, 1, 1, 0))
+        found.append(math.log((second + third) / (first + fourth)))
+        spent += (first + second + third + fourth) * each
+    return median(found)
+
+
+# ------------------------------------------------------------------------------------------------- two files
+
+
+def _compare_files(a: str, b: str, options: CompareOptions) -> Comparison:
+    sides = []
+    for path in (a, b):
+        rows = latest([row for row in read_rows([Path(path)]) if _matches(row, options.patterns)])
+        sides.append({row.key(): row for row in rows if row.status == "ok" and row.timing is not None})
+    if not sides[0]:
+        raise ValueError(f"{a} holds no timed row that was asked for")
+    shared = [key for key in sides[0] if key in sides[1]]
+    missing = [f"{_name(sides[0][key])}: not in {b}" for key in sides[0] if key not in sides[1]]
+    machines = {row.machine.get("id") for side in sides for row in side.values()}
+    lines = []
+    for key in shared:
+        before, after = (_process_logs(side[key]) for side in sides)
+        judged = stats.judge_sides(before, after, rows=len(shared), margin=options.margin)
+        lines.append(Line(name=_name(sides[0][key]), judgement=judged))
+    how = "two files, measured apart in time" + ("" if len(machines) == 1 else ", ON DIFFERENT MACHINES")
+    return Comparison(a=a, b=b, how=how, lines=lines, missing=missing)
+
+
+def _process_logs(row: Row) -> list[float]:
+    assert row.timing is not None
+    return [math.log(median(one)) for one in row.timing.samples]
+
+
+def _name(row: Row) -> str:
+    return f"{row.identity.case}/{row.identity.impl}/{short(row)}"
+
+
+def _matches(row: Row, patterns: tuple[str, ...]) -> bool:
+    selectors = [Selector.parse(pattern) for pattern in patterns] or [Selector()]
+    i = row.identity
+    return any(
+        fnmatch.fnmatchcase(i.case, s.case)
+        and fnmatch.fnmatchcase(i.impl, s.impl)
+        and fnmatch.fnmatchcase(i.shape, s.shape)
+        and fnmatch.fnmatchcase(i.phase, s.phase)
+        for s in selectors
+    )
+
+
+# ------------------------------------------------------------------------------------------------- output
+
+
+def render(found: Comparison) -> str:
+    """The verdicts as text."""
+    lines = [f"A {found.a}", f"B {found.b}", found.how, ""]
+    width = max([3, *(len(line.name) for line in found.lines)])
+    lines.append(f"{'row':<{width}}  verdict  time of B / time of A       limit")
+    for line in found.lines:
+        j = line.judgement
+        interval = f"x{j.ratio:.3f} [{j.low:.3f}, {j.high:.3f}]"
+        limit = f"{100 * j.limit:.1f} %" if math.isfinite(j.limit) else "none"
+        lines.append(f"{line.name:<{width}}  {j.verdict:<7}  {interval:<26}  {limit:>5}")
+    lines += [f"not compared: {reason}" for reason in found.missing]
+    if found.lines:
+        margin = found.lines[0].judgement.margin
+        ratios = [line.judgement.ratio for line in found.lines]
+        lines += [
+            "",
+            f"geometric mean of the ratios: x{stats.geomean(ratios):.3f}",
+            f"intervals: {100 * (1 - stats.ALPHA):g} % over all {len(found.lines)} rows together (Bonferroni); "
+            f"effects up to {100 * margin:g} % are not called",
+            f"limit: the smallest slowdown that is called SLOWER with probability {stats.POWER:g}",
+        ]
+    return "\n".join(lines)
+
+
+def as_json(found: Comparison) -> dict[str, Any]:
+    """The verdicts as JSON values; infinities are null."""
+    lines = [
+        {"row": line.name}
+        | {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(line.judgement).items()}
+        for line in found.lines
+    ]
+    return {"a": found.a, "b": found.b, "how": found.how, "rows": lines, "missing": found.missing}

@@ -1,0 +1,68 @@
+"""Memory of one launch beyond its inputs."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m2train.bench.case import Case, Fn
+from m2train.bench.launch import as_leaves, launch
+from m2train.bench.schema import Memory
+
+
+def measure_memory(case: Case, fn: Fn, phase: str, device: torch.device) -> Memory:
+    """Peak of a launch (results included), and what its forward keeps for the backward."""
+    inputs = as_leaves(case, case.inputs)
+    phase = "fwd" if phase == "fwd" else "both"
+    peak, how = (_cuda_peak if device.type == "cuda" else _host_peak)(lambda: launch(case, fn, inputs, phase))
+    saved = _saved(case, fn, inputs) if case.grad is not None else None
+    return Memory(peak=peak, saved_for_backward=saved, how=how)
+
+
+def _cuda_peak(run: Any) -> tuple[int | None, str]:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, "torch.cuda.max_memory_allocated"
+
+
+def _host_peak(run: Any) -> tuple[int | None, str]:
+    """Growth of the resident set: the kernel's high-water mark, reset before the launch."""
+    reset = Path("/proc/self/clear_refs")
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        reset.write_text("5")
+    except (OSError, AttributeError):
+        return None, "not available: no /proc/self/clear_refs"
+    before = _status("VmRSS")
+    run()
+    return max(0, _status("VmHWM") - before), "resident set, pages of 4 KiB; freed blocks may hide small amounts"
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(name)
+
+
+def _saved(case: Case, fn: Fn, inputs: tuple[Any, ...]) -> int:
+    """Bytes of the storages that autograd keeps, those of the inputs left out."""
+    own = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, torch.Tensor)}
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = fn(*inputs)
+        del result
+    return sum(kept.values())

@@ -1,0 +1,75 @@
+"""Row files: JSON Lines, one row a line, appended as rows come, so that a run that is cut off leaves what it had."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from m2train.bench.schema import Row
+
+
+def read_rows(paths: Iterable[Path]) -> list[Row]:
+    """All rows of some files, or of the *.jsonl below a folder, in order.
+
+    Raises:
+        ValueError: a line is not a row of this version; names file and line.
+    """
+    found = []
+    for path in paths:
+        files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+        for file in files:
+            for number, line in enumerate(file.read_text().splitlines(), 1):
+                if not line.strip():
+                    continue
+                try:
+                    found.append(Row.model_validate_json(line))
+                except ValidationError as err:
+                    first = err.errors(include_input=False, include_url=False)[0]
+                    where = ".".join(map(str, first["loc"]))
+                    raise ValueError(
+                        f"{file}:{number} is not a row of this version: {where}: {first['msg']}"
+                    ) from err
+    return found
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Add a row to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(row.model_dump_json() + "\n")
+
+
+_COLUMNS = (
+    *("id", "created", "status", "reason", "case", "impl", "shape", "dtype", "phase", "cache", "timer", "device"),
+    *("threads", "unit", "median", "low", "high", "p10", "p90", "processes", "ratio", "ratio_low", "ratio_high"),
+    *("bytes", "flops", "sol_percent", "bound", "error", "error_ratio", "bitwise_repeat", "batch_invariant"),
+    *("peak_bytes", "saved_bytes", "machine", "sha", "dirty"),
+)
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """Rows as CSV, without samples."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        t = row.timing
+        values = row.identity.model_dump() | {"id": row.id, "created": row.created, "status": row.status}
+        values |= {"reason": row.reason or row.numerics.reason}
+        if t is not None:
+            values |= {
+                name: getattr(t, name) for name in ("unit", "median", "low", "high", "p10", "p90", "processes")
+            }
+            if t.ratio is not None:
+                values |= {"ratio": t.ratio.value, "ratio_low": t.ratio.low, "ratio_high": t.ratio.high}
+        values |= {name: getattr(row.physics, name) for name in ("bytes", "flops", "sol_percent", "bound")}
+        for name in ("error", "error_ratio", "bitwise_repeat", "batch_invariant"):
+            values[name] = getattr(row.numerics, name)
+        values |= {"peak_bytes": row.memory.peak, "saved_bytes": row.memory.saved_for_backward}
+        values |= {"machine": row.machine.get("id"), "sha": row.build.get("sha"), "dirty": row.build.get("dirty")}
+        writer.writerow(values)
+    return out.getvalue()

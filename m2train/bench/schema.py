@@ -1,0 +1,135 @@
+"""The row: one implementation of a case at one shape, with all that is needed to judge and to repeat the number.
+
+Rows are JSON Lines. `schema_version` changes with the meaning of a field; a reader refuses what it does not know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Bound = Literal["memory", "compute", "launch"]
+
+
+class Part(BaseModel):
+    """Base of all parts: unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Identity(Part):
+    """What was measured, and with which clock."""
+
+    case: str
+    impl: str
+    shape: str
+    dtype: str
+    phase: Literal["fwd", "bwd", "both"]
+    cache: Literal["cold", "warm"]
+    timer: str
+    device: str
+    """cpu | cuda"""
+    threads: int
+
+
+class Ratio(Part):
+    """Time of this row over time of another one, measured in the same rounds; under 1 is faster."""
+
+    to: str
+    value: float
+    low: float
+    high: float
+
+
+class Timing(Part):
+    """Per launch, in `unit`; centre and interval are of the median over all processes."""
+
+    unit: Literal["s", "instructions"]
+    median: float
+    low: float
+    high: float
+    p10: float
+    p90: float
+    samples: list[list[float]]
+    """By process."""
+    launches: int
+    """Per sample."""
+    processes: int
+    stopped: Literal["converged", "budget"]
+    """Within every process: half-width of the median's interval under 0.5 %, or out of time."""
+    launch_us: float | None = None
+    """CUDA: time for Python to enqueue a launch."""
+    ratio: Ratio | None = None
+    note: str = ""
+
+
+class Physics(Part):
+    """What the case says must be moved and computed, and how near to the machine's own best that is."""
+
+    bytes: float | None = None
+    flops: float | None = None
+    bandwidth: float | None = None
+    """Ceiling used, B/s."""
+    peak: float | None = None
+    """Ceiling used, FLOP/s."""
+    floor_s: float | None = None
+    """Time of an empty launch."""
+    sol_s: float | None = None
+    """Speed of light: the largest of the three times."""
+    sol_percent: float | None = None
+    bound: Bound | None = None
+    note: str = ""
+
+
+class Numerics(Part):
+    """How right the results are."""
+
+    verdict: Literal["ok", "refused", "unchecked"] = "unchecked"
+    reason: str = ""
+    error: float | None = None
+    """Largest error against float64, relative to the oracle's largest value, over results and gradients."""
+    error_ratio: float | None = None
+    """Over the baseline's error at the same dtype."""
+    bitwise_repeat: bool | None = None
+    batch_invariant: bool | None = None
+    quality: dict[str, float] = Field(default_factory=dict)
+
+
+class Memory(Part):
+    """Bytes beyond the inputs; None: not measured."""
+
+    peak: int | None = None
+    saved_for_backward: int | None = None
+    how: str = ""
+
+
+class Row(Part):
+    """One line of a row file."""
+
+    schema_version: Literal[1] = 1
+    id: str
+    created: str
+    """UTC, ISO 8601."""
+    status: Literal["ok", "refused", "skipped"]
+    reason: str = ""
+    identity: Identity
+    timing: Timing | None = None
+    physics: Physics = Physics()
+    numerics: Numerics = Numerics()
+    memory: Memory = Memory()
+    machine: dict[str, Any]
+    build: dict[str, Any]
+    repro: str
+
+    def key(self) -> tuple[str, ...]:
+        """What makes two rows of different runs comparable."""
+        i = self.identity
+        return (i.case, i.impl, i.shape, i.dtype, i.phase, i.cache, i.timer, i.device, str(i.threads))
+
+
+def row_id(identity: Identity, created: str, machine_id: str) -> str:
+    """Ten hex digits that name a row for `m2bench repro`."""
+    text = "\n".join([identity.model_dump_json(), created, machine_id])
+    return hashlib.sha256(text.encode()).hexdigest()[:10]

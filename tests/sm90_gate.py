@@ -1,0 +1,253 @@
+"""What every Triton kernel becomes on sm_90a, with no GPU: `make check-sm90`, once per Triton version.
+
+Each shipped configuration is compiled for an H100 through the launch that the ops make, on tensors
+without data (device "meta"). Refused are: a GEMM without wgmma or without TMA, spilled registers (a
+stack frame, or any access to local memory in the machine code), more shared memory than a block can
+have. Prints a table; exits 1 on a breach, and first proves on bad configurations that it can.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from m2kernels import _group_advantage_triton as group_advantage
+from m2kernels import _head_triton as head
+from m2kernels import _policy_loss_triton as policy_loss
+from m2kernels._head_kernels import HeadSettings, RowStats
+from m2kernels._triton import Launch
+from m2kernels.policy_loss import KINDS, KLS
+
+MAX_SHARED = 232448  # bytes a block of sm_90 can opt in to
+NUM_SMS = 132
+
+
+class NoDevice:
+    """Stands for an H100 where Triton asks for the active driver; compiling asks for nothing else."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def is_active(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation of one kernel."""
+
+    name: str
+    launch: Launch
+    gemm: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the compiler made of it; registers a thread, bytes, and counts of instructions."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    wgmma: int
+    tma: int
+
+
+def _tool(name: str) -> str:
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return str(folder / name)
+
+
+def _output(*command: str) -> str:
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return run.stdout + run.stderr
+
+
+def compile_case(case: Case) -> Result:
+    """Compile for sm_90a and read the machine code."""
+    launch = case.launch
+    compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.meta)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "k.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _output(_tool("cuobjdump"), "-res-usage", str(cubin))
+        sass = _output(_tool("nvdisasm"), "-c", str(cubin))
+    return Result(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
+        local=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        shared=compiled.metadata.shared,
+        wgmma=len(re.findall(r"\bHGMMA\b", sass)),
+        tma=len(re.findall(r"\bUTMA(?:LDG|STG)\b", sass)),
+    )
+
+
+def breaches(case: Case, got: Result) -> list[str]:
+    """What is wrong with it; empty when it passes."""
+    wrong = []
+    if got.stack or got.local:
+        wrong.append(f"registers spill: {got.stack} B of stack, {got.local} accesses to local memory")
+    if got.shared > MAX_SHARED:
+        wrong.append(f"{got.shared} B of shared memory; a block can have {MAX_SHARED}")
+    if case.gemm and not got.wgmma:
+        wrong.append("no wgmma")
+    if case.gemm and not got.tma:
+        wrong.append("no TMA")
+    return wrong
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _head_settings(dtype: torch.dtype, rows: int, vocab: int, extras: bool) -> HeadSettings:
+    if not extras:
+        return HeadSettings(bias=None, inv_temperature=1.0, softcap=None, num_valid=vocab)
+    bias = _meta(vocab, dtype=dtype)
+    return HeadSettings(bias=bias, inv_temperature=_meta(rows), softcap=30.0, num_valid=vocab - 7)
+
+
+def head_forward(dtype: torch.dtype, entropy: bool, keep: bool, extras: bool) -> Launch:
+    """The forward GEMM at a real shape."""
+    rows, dim, vocab = 4096, 5120, 152064
+    hidden, weight = _meta(rows, dim, dtype=dtype), _meta(vocab, dim, dtype=dtype)
+    settings = _head_settings(dtype, rows, vocab, extras)
+    stats = head._new_statistics(hidden, rows, vocab, entropy)
+    scratch = _meta(rows, vocab, dtype=dtype) if keep else None
+    target = _meta(rows, dtype=torch.int64)
+    return head.forward_launch(hidden, weight, target, settings, stats, scratch, NUM_SMS)
+
+
+def head_rows(dtype: torch.dtype, entropy: bool, kept: bool, extras: bool, grad: bool) -> Launch:
+    """The row kernels on E, or on logits."""
+    rows, vocab = 4096, 152064
+    matrix, target = _meta(rows, vocab, dtype=dtype), _meta(rows, dtype=torch.int64)
+    settings = _head_settings(dtype, rows, vocab, extras)
+    stats = head._new_statistics(matrix, rows, vocab, entropy)
+    if not grad:
+        return head.logits_launch(matrix, target, settings, stats)
+    row = RowStats(_meta(rows), _meta(rows), _meta(rows), _meta(rows) if entropy else None)
+    anchor = stats.top if kept else None
+    grad_entropy = _meta(rows) if entropy else None
+    return head.grad_launch(matrix, matrix, target, settings, stats.z_target, anchor, row, _meta(rows), grad_entropy)
+
+
+def policy_cases() -> Iterator[Case]:
+    """The policy loss: every kind with every kl, with nothing optional and with everything."""
+    tokens, sequences = 32768, 4096
+    for kind, kl in itertools.product(range(len(KINDS)), range(len(KLS))):
+        for full in (False, True):
+            if not full and kl:
+                continue
+            optional = [_meta(tokens) if full else None for _ in range(3)]
+            mask = _meta(tokens, dtype=torch.bool) if full else None
+            seq = _meta(tokens, dtype=torch.int64 if full else torch.int32)
+            launches, _ = policy_loss.forward_launches(
+                _meta(tokens), _meta(tokens), _meta(sequences), seq, mask, *optional, kind, kl,
+                0.2, 0.28, 3.0, 0.1, 0.1, 2.0 if full else math.inf, full, False, 100.0,
+            )  # fmt: skip
+            for launch in launches:
+                if launch.kernel is policy_loss.kernels.token_kernel or (full and kl == 0):
+                    name = launch.kernel.__name__.removesuffix("_kernel")
+                    yield Case(f"policy_loss {name} {KINDS[kind]} {KLS[kl]}" + " options" * full, launch)
+    halves = (_meta(tokens), _meta(tokens))
+    yield Case("policy_loss scale", policy_loss.scale_launch(_meta(), halves, halves))
+
+
+def advantage_cases() -> Iterator[Case]:
+    """The group advantage, with and without its second pass."""
+    rows, flags = _meta(4096), _meta(4096, dtype=torch.bool)
+    for divide in (False, True):
+        group = _meta(4096, dtype=torch.int64 if divide else torch.int32)
+        launch = group_advantage.advantage_launch(rows, group, flags if divide else None, rows, divide, divide, 1e-6)
+        yield Case("group_advantage" + " loo std valid" * divide, launch)
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel in every shipped configuration."""
+    yield from advantage_cases()
+    yield from policy_cases()
+    for dtype in head.GEMM_CONFIGS:
+        short = str(dtype).removeprefix("torch.")
+        for entropy in (False, True):
+            for extras in (False, True):
+                tag = short + " entropy" * entropy + " bias,softcap,T[rows]" * extras
+                for keep in (False, True):
+                    name = f"head_forward {tag}" + " keep" * keep
+                    yield Case(name, head_forward(dtype, entropy, keep, extras), gemm=True)
+                if entropy != extras:
+                    continue  # the row kernels have registers to spare: none of the flags, or all
+                yield Case(f"head_backward {tag}", head_rows(dtype, entropy, True, extras, True))
+                yield Case(f"logits_backward {tag}", head_rows(dtype, entropy, False, extras, True))
+                yield Case(f"logits_forward {tag}", head_rows(dtype, entropy, False, extras, False))
+
+
+def _with_meta(launch: Launch, **changes: Any) -> Launch:
+    return replace(launch, meta={**launch.meta, **changes})
+
+
+def bad_cases() -> Iterator[tuple[Case, str]]:
+    """Configurations that must be refused, and the word that the refusal must hold."""
+    good = head_forward(torch.bfloat16, True, True, False)
+    yield Case("head_forward with 4 warps", _with_meta(good, num_warps=4), gemm=True), "spill"
+    yield Case("head_forward with 6 stages", _with_meta(good, num_stages=6), gemm=True), "shared memory"
+    row = head_rows(torch.bfloat16, True, True, False, True)
+    yield Case("head_backward taken for a GEMM", row, gemm=True), "no wgmma"
+
+
+def main() -> int:
+    """Compile everything; 1 when a configuration is refused, or a bad one is not."""
+    driver.set_active(NoDevice())
+    pattern = sys.argv[1] if len(sys.argv) > 1 else ""
+    failed = False
+    for case, word in [] if pattern else bad_cases():
+        wrong = "; ".join(breaches(case, compile_case(case)))
+        if word not in wrong:
+            print(f"sm_90 gate: {case.name} must be refused for {word!r}; got {wrong or 'no refusal'}")
+            failed = True
+    print(f"Triton {triton.__version__}, sm_90a")
+    print(f"{'kernel':58} {'regs':>5} {'stack':>6} {'local':>6} {'smem':>7} {'wgmma':>6} {'tma':>4}")
+    for case in cases():
+        if pattern not in case.name:
+            continue
+        got = compile_case(case)
+        wrong = breaches(case, got)
+        print(
+            f"{case.name:58} {got.registers:5} {got.stack:6} {got.local:6} {got.shared:7} {got.wgmma:6} {got.tma:4}",
+            *[f"REFUSED: {w}" for w in wrong],
+            flush=True,
+        )
+        failed |= bool(wrong)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

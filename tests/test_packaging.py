@@ -1,0 +1,117 @@
+"""The scripts of packaging/: gates that shut on bad wheels, steps that are cut off and said to be."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "packaging" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def gpu_check() -> ModuleType:
+    return script("gpu_check")
+
+
+@pytest.fixture
+def check_wheel() -> ModuleType:
+    return script("check_wheel")
+
+
+def test_steps_pass_fail_and_are_cut_off(gpu_check: ModuleType, tmp_path: Path) -> None:
+    steps = gpu_check.Steps(tmp_path, 60.0, dict(os.environ))
+    assert steps.run("good", sys.executable, "-c", "print('seen')")
+    assert not steps.run("bad", sys.executable, "-c", "raise SystemExit(3)")
+    started = time.monotonic()
+    sleeper = f"import subprocess, sys; print('before', flush=True); subprocess.run(['sleep', '{1e3:g}'])"
+    assert not steps.run("long", sys.executable, "-c", sleeper, share=0.1)
+    assert time.monotonic() - started < 30
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["good"].startswith("ok") and summary["bad"].startswith("FAILED, exit code 3")
+    assert summary["long"].startswith("CUT OFF")
+    assert (tmp_path / "long.log").read_text() == "before\n", "what was printed before the cut stays"
+    steps.deadline = time.monotonic()
+    assert not steps.run("late", "true") and steps.results["late"] == "NOT RUN: no time left"
+
+
+def test_without_a_gpu_it_says_so(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["gpu_check"])
+    assert gpu_check.main() == 1
+    assert "no NVIDIA GPU here" in capsys.readouterr().out  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("name", "folder"), [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A10", "nvidia_a10")])
+def test_results_folder_is_named_after_the_gpu(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, folder: str
+) -> None:
+    done = subprocess.CompletedProcess([], 0, stdout=f"{name}\n")
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(gpu_check.subprocess, "run", lambda *args, **kwargs: done)
+    assert gpu_check._gpu() == folder
+
+
+def unpacked(folder: Path, *names: str, ops: bytes | None = None) -> Path:
+    (folder / "m2kernels").mkdir(parents=True)
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"")
+    if ops is not None:
+        (folder / "m2kernels" / "_ops_cuda.so").write_bytes(ops)
+    return folder
+
+
+def test_gates_on_names_contents_and_size(check_wheel: ModuleType, tmp_path: Path) -> None:
+    wheel = tmp_path / "m2train-0.1.0-cp311-cp311-linux_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("m2kernels/blob", os.urandom(int(check_wheel.BUDGET_MB * 1e6) + 1))
+    good = Path("m2train-0.1.0-cp311-cp311-manylinux_2_34_x86_64.whl")
+    assert check_wheel._tag(wheel, tmp_path) and not check_wheel._tag(good, tmp_path)
+    assert "over the budget" in check_wheel._size(wheel, tmp_path)
+    whole = unpacked(tmp_path / "a", "m2kernels/_ops_cpu.so", "m2kernels/_planner.cpython-311-x86_64-linux-gnu.so")
+    assert check_wheel._contents(wheel, whole) == ""
+    poor = unpacked(tmp_path / "b", "tests/test_x.py")
+    assert check_wheel._contents(wheel, poor) == "unexpected tests; missing _ops_cpu.so; missing _planner"
+
+
+def test_gate_on_device_code(check_wheel: ModuleType, tmp_path: Path) -> None:
+    wheel = Path("x.whl")
+    assert check_wheel._architecture(wheel, unpacked(tmp_path / "a", ops=b"...sm_90a...sm_90a")) == ""
+    assert "['80', '90a']" in check_wheel._architecture(wheel, unpacked(tmp_path / "b", ops=b"sm_80 sm_90a"))
+
+
+def test_gates_on_symbols_and_links(check_wheel: ModuleType, tmp_path: Path) -> None:
+    """A library that uses the unstable ABI and Python, linked to a CUDA runtime of its own making."""
+    ops = tmp_path / "m2kernels"
+    ops.mkdir()
+    source = tmp_path / "x.cpp"
+    source.write_text(
+        'namespace at { void call(); }\nextern "C" { void PyErr_Clear(); void cuda(); }\n'
+        'extern "C" void f() { at::call(); PyErr_Clear(); cuda(); }\n'
+    )
+    runtime = tmp_path / "libcudart.so.13"
+    (tmp_path / "r.cpp").write_text('extern "C" void cuda() {}\n')
+    subprocess.run(
+        ["g++", "-shared", "-fPIC", f"-Wl,-soname,{runtime.name}", "-o", runtime, tmp_path / "r.cpp"], check=True
+    )
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", ops / "_ops_cpu.so", source, runtime], check=True)
+    found = check_wheel._symbols(Path("x.whl"), tmp_path)
+    assert "_ops_cpu.so uses at::call()" in found and "_ops_cpu.so uses PyErr_Clear" in found
+    assert "libcudart" in check_wheel._linked(Path("x.whl"), tmp_path)

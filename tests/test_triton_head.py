@@ -1,0 +1,245 @@
+"""The Triton head under the interpreter: float64 oracle, hostile inputs, invariance to the bit."""
+
+import pytest
+import torch
+from kernel_testing import assert_kernel
+from triton_head_cases import (
+    HeadCase,
+    answer,
+    check_gradient,
+    check_head,
+    check_statistics,
+    make_case,
+    oracle_rows,
+)
+from triton_testing import interpreted
+
+import m2kernels as mk
+from m2kernels._head_kernels import HeadSettings
+from m2kernels._triton import triton_head_reason
+
+pytest.importorskip("triton", reason="Triton is not installed: see `make test-triton`")
+pytestmark = interpreted
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def head():
+    from m2kernels._head_triton import TritonHead
+
+    return TritonHead()
+
+
+def logits_head():
+    from m2kernels._head_triton import TritonLogits
+
+    return TritonLogits()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "extras"])
+@pytest.mark.parametrize("entropy", [False, True], ids=["logp", "entropy"])
+def test_oracle(dtype, extras, entropy):
+    # 131 rows: a full block and a ragged one. 72: no multiple of BLOCK_K. 650: of no block, 5.1 tiles.
+    check_head(head(), make_case(dtype, 131, 72, 650, extras=extras, entropy=entropy))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("scale", "offset"), [(12.0, 0.0), (3.0, 1000.0)], ids=["peaked", "offset"])
+def test_large_logits(dtype, scale, offset):
+    case = make_case(dtype, 64, 64, 384, scale=scale, offset=offset)
+    z = case.hidden.float() @ case.weight.float().t()
+    assert float(z.abs().max()) > 40
+    check_head(head(), case)
+
+
+def test_a_target_that_is_out_of_reach():
+    # p ~ e^-80: the sum of the others over the target's own weight still fits in float32.
+    case = make_case(torch.float32, 8, 64, 256, scale=1.0)
+    case.weight[5] = case.weight[5] - 80 * case.hidden[0] / case.hidden[0].dot(case.hidden[0])
+    case.target[:] = 5
+    logp, _, _ = answer(case, torch.float64)
+    assert float(logp[0]) < -75
+    check_head(head(), case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_do_not_depend_on_the_batch(dtype):
+    case = make_case(dtype, 150, 72, 650)
+    s = case.settings
+    whole, _ = head().forward(case.hidden, case.weight, case.target, s, entropy=True, keep=True)
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(1))
+    for rows in (order, order[:7], torch.tensor([149]), torch.tensor([3, 3])):
+        part, kept = head().forward(case.hidden[rows], case.weight, case.target[rows], s, entropy=True, keep=False)
+        assert kept is None
+        for whole_field, field in zip(whole, part, strict=True):
+            assert torch.equal(whole_field[rows], field)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shards_cut_at_a_tile_give_the_same_tiles(dtype):
+    case = make_case(dtype, 20, 72, 650)
+    whole, _ = head().forward(case.hidden, case.weight, case.target, case.settings, entropy=True, keep=False)
+    tops = []
+    for start, end in ((0, 128), (128, 512), (512, 650)):
+        held = (case.target >= start) & (case.target < end)
+        settings = HeadSettings(bias=None, inv_temperature=1.0, softcap=None, num_valid=end - start)
+        target = torch.where(held, case.target - start, -1)
+        part, _ = head().forward(case.hidden, case.weight[start:end], target, settings, entropy=True, keep=False)
+        tops.append(torch.stack(part[1:]))
+        assert torch.equal(part.z_target[held], whole.z_target[held])
+    assert torch.equal(torch.cat(tops, 2), torch.stack(whole[1:]))
+
+
+def test_nan_stays_in_its_row_and_zero_gradients_hide_it():
+    case = make_case(torch.float32, 10, 64, 256)
+    clean, _ = head().forward(case.hidden, case.weight, case.target, case.settings, entropy=True, keep=False)
+    case.hidden[4, 3] = float("nan")
+    stats, kept = head().forward(case.hidden, case.weight, case.target, case.settings, entropy=True, keep=True)
+    others = torch.arange(10) != 4
+    for before, after in zip(clean, stats, strict=True):
+        assert torch.equal(before[others], after[others])
+    assert stats.total[4].isnan().all()
+    case.grad_logp[4] = case.grad_entropy[4] = 0.0
+    rows = oracle_rows(make_case(torch.float32, 10, 64, 256))
+    dz = head().grad(kept, case.target, case.settings, rows, case.grad_logp, case.grad_entropy)
+    assert not dz.isnan().any() and not dz[4].any()
+
+
+def test_nothing_to_do_and_unaligned_views():
+    case = make_case(torch.bfloat16, 5, 64, 256)
+    stats, _ = head().forward(case.hidden[:0], case.weight, case.target[:0], case.settings, entropy=True, keep=True)
+    assert [x.shape for x in stats] == [(0,), (0, 2), (0, 2), (0, 2)]
+    none = HeadSettings(bias=None, inv_temperature=1.0, softcap=None, num_valid=0)
+    stats, kept = head().forward(case.hidden, case.weight[:0], case.target - 999, none, entropy=False, keep=True)
+    assert stats.top.shape == (5, 0) and kept.scratch.shape == (5, 0)
+    want, _ = head().forward(case.hidden, case.weight, case.target, case.settings, entropy=False, keep=False)
+    flat = torch.empty(256 * 64 + 1, dtype=torch.bfloat16)
+    shifted = flat[1:].view(256, 64)
+    shifted.copy_(case.weight)
+    got, _ = head().forward(case.hidden, shifted, case.target, case.settings, entropy=False, keep=False)
+    assert torch.equal(got.total, want.total)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_place", [False, True], ids=["new", "in_place"])
+def test_logits(dtype, in_place):
+    # The same problem with its logits made first: an identity GEMM turns them into a head's case.
+    case = make_case(torch.float32, 37, 72, 650)
+    wide = torch.zeros(37, 700, dtype=dtype)
+    logits = wide[:, :650]
+    logits.copy_(case.hidden @ case.weight.t())
+    temperature = 0.5 + torch.rand(37)
+    settings = HeadSettings(bias=None, inv_temperature=temperature, softcap=None, num_valid=650)
+    same = HeadCase(
+        hidden=logits.clone(), weight=torch.eye(650, dtype=dtype), target=case.target, settings=settings,
+        grad_logp=case.grad_logp, grad_entropy=case.grad_entropy,
+    )  # fmt: skip
+    stats = logits_head().forward(logits, case.target, settings, entropy=True)
+    check_statistics(head(), same, stats, eps=1e-6)
+    rows = oracle_rows(same)
+    out = logits if in_place else None
+    dz = logits_head().grad(
+        logits, case.target, settings, stats.z_target, rows, case.grad_logp, case.grad_entropy, out
+    )
+    assert (dz.data_ptr() == logits.data_ptr()) == in_place
+    check_gradient(same, dz, eps=1e-6)
+
+
+def test_why_triton_cannot_run():
+    hidden = torch.zeros(3, 20)
+    assert triton_head_reason(hidden, torch.float32) is None
+    assert "multiple of 8" in triton_head_reason(hidden, torch.bfloat16)
+    assert "float64" in triton_head_reason(hidden, torch.float64)
+    assert (
+        triton_head_reason(hidden.to("meta"), torch.float32)
+        == "TRITON_INTERPRET=1 takes CPU tensors; these are on meta"
+    )
+    with pytest.raises(ValueError, match="'triton' cannot run: hidden has 20 columns"):
+        mk.linear_logprob(hidden.bfloat16(), hidden.bfloat16(), torch.zeros(3, dtype=int), backend="triton")
+
+
+def op_case(dtype):
+    case = make_case(dtype, 40, 64, 300, extras=True)
+    rows = torch.randint(0, 39, (150,), generator=torch.Generator().manual_seed(3))  # the last row: never
+    case.hidden[39] = float("nan")
+    case.weight[-9:] = case.settings.bias[-9:] = 0.5  # padding: finite, for dX multiplies its zeros by it
+    return case, rows, case.target.clamp(min=0)[rows]
+
+
+def run_op(case, rows, target, **options):
+    """linear_logprob with everything on -> outputs and gradients of hidden, weight, bias."""
+    leaves = [x.clone().requires_grad_() for x in (case.hidden, case.weight, case.settings.bias)]
+    temperature = (1 / case.settings.inv_temperature)[rows]
+    out = mk.linear_logprob(
+        leaves[0], leaves[1], target, bias=leaves[2], rows=rows, temperature=temperature, softcap=20.0,
+        vocab_size=case.settings.num_valid, entropy=True, **options,
+    )  # fmt: skip
+    (out.logp * case.grad_logp[rows]).sum().add((out.entropy * case.grad_entropy[rows]).sum()).backward()
+    return out.logp.detach(), out.entropy.detach(), *(x.grad for x in leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_logprob_end_to_end(dtype):
+    case, rows, target = op_case(dtype)
+    got = run_op(case, rows, target, backend="triton")
+    plain = run_op(case, rows, target, backend="torch")
+    s = case.settings
+    picked = HeadCase(
+        hidden=case.hidden[rows], weight=case.weight, target=target,
+        settings=HeadSettings(
+            bias=s.bias, inv_temperature=s.inv_temperature[rows], softcap=s.softcap, num_valid=s.num_valid
+        ),
+        grad_logp=case.grad_logp[rows], grad_entropy=case.grad_entropy[rows],
+    )  # fmt: skip
+    logp, entropy, dz = answer(picked, torch.float64)
+    weight = torch.where(torch.arange(300)[:, None] < s.num_valid, case.weight.double(), 0)
+    to_hidden = torch.zeros(40, 64, dtype=torch.float64).index_add(0, rows, dz @ weight)
+    want = (logp, entropy, to_hidden, dz.t() @ picked.hidden.double(), dz.sum(0))
+    for name, a, b, c in zip(("logp", "entropy", "hidden", "weight", "bias"), got, plain, want, strict=True):
+        assert_kernel(name, a, b, c, ratio=2.5, eps=1e-6)
+
+
+def test_chunks_change_no_bit():
+    case, rows, target = op_case(torch.bfloat16)
+    whole = run_op(case, rows, target, backend="triton")
+    parts = run_op(case, rows, target, backend="triton", chunk_bytes=1)
+    assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
+    again = run_op(case, rows, target, backend="triton", chunk_bytes=1)
+    assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
+
+
+def test_compile_fullgraph():
+    case, rows, target = op_case(torch.float32)
+
+    def step(hidden, weight):
+        out = mk.linear_logprob(
+            hidden * 1.0, weight, target, rows=rows, entropy=True, backend="triton", vocab_size=291
+        )
+        return out.logp.sum() + out.entropy.sum()
+
+    results = []
+    for fn in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        hidden, weight = (x.clone().requires_grad_() for x in (case.hidden, case.weight))
+        loss = fn(hidden, weight)
+        loss.backward()
+        results.append((loss.detach(), hidden.grad, weight.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_linear_policy_loss_end_to_end():
+    case = make_case(torch.bfloat16, 40, 64, 300)
+    target = case.target.clamp(min=0)
+    old = torch.full((40,), -3.0)
+    seq = torch.arange(40) // 8
+    results = []
+    for backend in ("triton", "torch"):
+        hidden, weight = (x.clone().requires_grad_() for x in (case.hidden, case.weight))
+        out = mk.linear_policy_loss(
+            hidden, weight, target, old, torch.randn(5, generator=torch.Generator().manual_seed(0)), seq, denom=40.0,
+            backend=backend,
+        )  # fmt: skip
+        out.loss.backward()
+        results.append((out.loss.detach(), out.logp, hidden.grad, weight.grad))
+    for triton_value, torch_value in zip(*results, strict=True):
+        torch.testing.assert_close(triton_value, torch_value, rtol=2e-2, atol=2e-3)
