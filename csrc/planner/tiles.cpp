@@ -3,6 +3,7 @@
 #include <limits>
 #include <numeric>
 #include <stdexcept>
+#include <string>
 
 #include "tree.h"
 
@@ -55,7 +56,8 @@ Tiles cut_tiles(const std::vector<int32_t>& subtree_end, int32_t block) {
   int64_t total = 0;
   for (int32_t b = 0; b < num; ++b) total += tiles.end[b] - b;
   if (total > std::numeric_limits<int32_t>::max()) {
-    throw std::length_error("the forest has " + std::to_string(total) + " tiles");
+    throw std::length_error("plan_tree: the forest has " + std::to_string(total) +
+                            " tiles; int32 cannot number them: use a larger block");
   }
   const auto size_of = [&](int32_t b) { return std::min<int64_t>(block, rows - int64_t(b) * block); };
   tiles.kv.reserve(total);

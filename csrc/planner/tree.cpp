@@ -191,7 +191,8 @@ Layout lay_out(const std::vector<Node>& nodes, const std::vector<int32_t>& leaf)
     out.order[out.rank[n]] = n;
   }
   if (next_row[0] > kMaxRows) {
-    throw std::length_error("the forest has " + std::to_string(next_row[0]) + " rows");
+    throw std::length_error("plan_tree: the forest has " + std::to_string(next_row[0]) +
+                            " rows; int32 cannot number them: plan fewer sequences at once");
   }
   return out;
 }
@@ -205,7 +206,7 @@ void copy_tokens(const Sequence<T>& sequence, const Node& node, int32_t owner, i
     out[i - node.begin] = token;
   }
   if (!fits) {
-    throw std::invalid_argument("sequence " + std::to_string(owner) +
+    throw std::invalid_argument("plan_tree: sequence " + std::to_string(owner) +
                                 " has a token id that is not an int32");
   }
 }

@@ -234,8 +234,8 @@ def plan_tree(sequences: Sequence[Tokens], *, keys: Sequence[Hashable] | None = 
         first sequence; trees by their first sequence.
 
     Raises:
-        ValueError: something that is no sequence of token ids, or another number of keys.
-        OverflowError: the forest has more rows or tiles than int32 can number.
+        ValueError: something that is no sequence of token ids, another number of keys, or more rows or tiles than
+            int32 can number.
     """
     if block not in (16, 32, 64, 128, 256, 512, 1024):
         raise ValueError(f"{_OP}: got block {block}; expected a power of two from 16 to 1024")
