@@ -33,9 +33,9 @@ from m2train.bench.stats import Judgement
 Say = Callable[[str], None]
 SECONDS = 0.6
 """Of sampling, per row and pair."""
-MIN_SAMPLE_S = 2e-3
+MIN_SAMPLE_S = 1e-3
 WARMUP_S = 0.15
-MIN_QUADS, MAX_QUADS = 6, 60
+MIN_QUADS, MAX_QUADS = 6, 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
