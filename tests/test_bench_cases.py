@@ -259,7 +259,7 @@ def test_ceilings_are_kept_by_machine_and_threads(tmp_path):
 
 
 def test_fingerprint():
-    machine, build = env.machine(CPU), env.build()
+    machine, build = env.machine(CPU), env.build(ROOT)
     assert machine["id"] == env.machine(CPU)["id"] and machine["cores"] > 0 and machine["cache_bytes"] > 0
     assert build["packages"]["torch"] == str(torch.__version__) and build["libraries"]
     assert json.dumps([machine, build])
