@@ -67,6 +67,7 @@ def make_row(*, median=1e-3, impl="m2", status="ok", created="2026-01-01T00:00:0
         id=row_id(identity, created, "abc"),
         created=created,
         status=status,
+        ours=impl == "m2",
         reason="" if status == "ok" else f"because of <b>{impl}</b>",
         identity=identity,
         timing=timing,

@@ -55,7 +55,8 @@ def test_run_writes_rows_and_refuses_wrong_results(monkeypatch, cases, tmp_path,
             )
             assert good.numerics.bitwise_repeat and good.numerics.batch_invariant
             assert good.physics.bytes == {"fwd": 512, "both": 1024}[phase] and "calibrate" in good.physics.note
-            assert seen["torch", phase, cache].timing.ratio is None
+            assert seen["torch", phase, cache].timing.ratio is None and good.ours
+            assert not seen["torch", phase, cache].ours
             assert "over" in seen["off", phase, cache].reason and seen["off", phase, cache].timing is None
             assert seen["gone", phase, cache].reason == "not installed"
             assert "suite smoke" in seen["slow", phase, cache].reason

@@ -189,7 +189,7 @@ class Server:
             "skipped": skipped,
             "phases": phases,
             "baseline": case.baseline,
-            "ours": [name for name in runnable if name in case.ours],
+            "ours": list(case.ours),
             "rotates": case.rotate and input_bytes(case.inputs) > 0,
             "cost": {phase: case.cost(phase) for phase in phases},
         }
