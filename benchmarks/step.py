@@ -274,7 +274,7 @@ def main() -> None:
         "batch": {"replies": len(batch.samples), "tokens": tokens, "flops": flops},
         "peak_flops": peak_rate,
         "machine": env.machine(device),
-        "build": env.build(),
+        "build": env.build(Path(__file__).parent),
         **found,
     }
     print(render(result, tokens, flops, peak_rate))

@@ -40,8 +40,15 @@ Impl = Fn | Skip | SlowStart
 
 
 def compiled(fn: Fn, **options: Any) -> SlowStart:
-    """`fn` under torch.compile, compiled when it is first called."""
-    return SlowStart(torch.compile(fn, dynamic=False, **options))
+    """`fn` under torch.compile, which is imported, and compiles, when it is first called."""
+    made: list[Fn] = []
+
+    def run(*inputs: Any) -> Any:
+        if not made:
+            made.append(torch.compile(fn, dynamic=False, **options))
+        return made[0](*inputs)
+
+    return SlowStart(run)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -145,12 +145,12 @@ class Checker:
 
     def stale(self, name: str) -> str | None:
         """Why the result is not one of the present inputs, or None; called again after the timing."""
-        if not self.guards.cached or not self.case.pure:
+        if not self.case.pure:
             return None
         fn = callable_of(self.case, name)
         # The old result has to be in such a cache before the values change.
         inputs = as_leaves(self.case, self.case.inputs)
-        launch(self.case, fn, inputs, self.phase)
+        old = _snapshot(launch(self.case, fn, inputs, self.phase))
         kept = copy_inputs(self.case.inputs)
         if not refill(self.case.inputs, self.fresh.inputs):
             return None
@@ -161,7 +161,18 @@ class Checker:
             refill(self.case.inputs, kept)
         if found.problem is None:
             return None
-        return f"the result does not follow the inputs (a cached one?): {found.problem}"
+        if self._is_old(result, old):
+            caught = f"the result does not follow the inputs (a cached one?): {found.problem}"
+            return caught if self.guards.cached else None
+        return f"wrong for other values: {found.problem}" if self.guards.wrong else None
+
+    def _is_old(self, result: Any, old: Any) -> bool:
+        """Whether a result is nearer to what the inputs before gave than to what they give now."""
+        if self._wanted is None or self._wanted_fresh is None:
+            return _equal(result, old)
+        actual = tensors_of(result, self.phase)
+        before, now = errors(actual, self._wanted), errors(actual, self._wanted_fresh)
+        return any(a < b for a, b in zip(before.error, now.error, strict=False))
 
     def _result(self, fn: Any, inputs: tuple[Any, ...]) -> tuple[Any, bool]:
         """(the result as it was on return, whether it changed afterwards)."""

@@ -52,7 +52,7 @@ def env(
 
     from m2train.bench import env as environment
 
-    machine, build = environment.machine(torch.device(_device(device))), environment.build()
+    machine, build = environment.machine(torch.device(_device(device))), environment.build(Path.cwd())
     reasons = environment.unfit(machine, build)
     typer.echo(json.dumps({"machine": machine, "build": build, "unfit": reasons}, indent=1))
     if strict and reasons:
@@ -149,7 +149,7 @@ def run(
         patterns=tuple(patterns or ()),
         suite=suite,
         device=where,
-        timer=timer or _default_timer(where),
+        timer=_timer(timer, where),
         cache=cache,
         threads=threads,
         dtype=dtype,
@@ -202,7 +202,7 @@ def compare(
         cases=_folder(cases) if not comparing.both_files(a, b) else Path(),
         patterns=tuple(rows or ()),
         device=(where := _device(device)),
-        timer=timer or ("events" if where == "cuda" else "cpu"),
+        timer=_timer(timer or ("events" if where == "cuda" else None), where),
         cache=cache,
         threads=threads,
         pairs=pairs,
@@ -257,13 +257,9 @@ def report(
     """Write Markdown, one self-contained HTML page and CSV from rows; or the README's table."""
     from m2train.bench.report import readme as table
     from m2train.bench.report import write_report
-    from m2train.bench.rows import read_rows
 
-    given = files or [Path("benchmarks/results")]
-    missing = [str(path) for path in given if not path.exists() and (files or readme is None)]
-    if missing:
-        raise ValueError(f"no row file {', '.join(missing)}; `m2bench run -o FILE` writes one")
-    rows = read_rows(path for path in given if path.exists())
+    committed = files is None and readme is not None  # none yet is a state of the README too
+    rows = [] if committed and not Path("benchmarks/results").exists() else _rows(files)
     if readme is not None:
         if table.update(readme, rows, write=not check_only):
             typer.echo(f"{readme}: the table is that of the rows")
@@ -285,9 +281,7 @@ def repro(
     ] = None,
 ) -> None:
     """Print the command that measures a row again, and what it was measured with."""
-    from m2train.bench.rows import read_rows
-
-    rows = [row for row in read_rows(files or [Path("benchmarks/results")]) if row.id.startswith(row_id)]
+    rows = [row for row in _rows(files) if row.id.startswith(row_id)]
     if len({row.id for row in rows}) != 1:
         raise ValueError(f"{len(rows)} rows have an id that starts with {row_id!r}; expected exactly one")
     row = rows[0]
@@ -343,12 +337,22 @@ def _device(given: str | None) -> str:
     return given
 
 
-def _default_timer(device: str) -> str:
+def _timer(given: str | None, device: str) -> str:
     import torch
 
-    from m2train.bench.timers import default_timer
+    from m2train.bench.timers import check_timer, default_timer
 
-    return default_timer(torch.device(device))
+    return check_timer(given or default_timer(torch.device(device)), device)
+
+
+def _rows(files: list[Path] | None) -> list[Any]:
+    from m2train.bench.rows import read_rows
+
+    given = files or [Path("benchmarks/results")]
+    missing = [str(path) for path in given if not path.exists()]
+    if missing:
+        raise ValueError(f"no row file {', '.join(missing)}; `m2bench run -o FILE` writes one")
+    return read_rows(given)
 
 
 def _result_file(folder: Path, row: Any) -> Path:

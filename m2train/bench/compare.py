@@ -33,9 +33,9 @@ from m2train.bench.stats import Judgement
 Say = Callable[[str], None]
 SECONDS = 0.6
 """Of sampling, per row and pair."""
-MIN_SAMPLE_S = 2e-3
+MIN_SAMPLE_S = 1e-3
 WARMUP_S = 0.15
-MIN_QUADS, MAX_QUADS = 6, 60
+MIN_QUADS, MAX_QUADS = 6, 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +58,8 @@ class Line:
 
     name: str
     judgement: Judgement
+    ratios: list[float] = field(default_factory=list)
+    """Of each pair of processes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +143,11 @@ def _compare_builds(a: Build, b: Build, options: CompareOptions, say: Say) -> Co
                     continue
                 logs.setdefault(place.name, []).append(_pair_ratio(sides, place, options))
     lines = [
-        Line(name=name, judgement=stats.judge_pairs(found, rows=len(logs), margin=options.margin))
+        Line(
+            name=name,
+            judgement=stats.judge_pairs(found, rows=len(logs), margin=options.margin),
+            ratios=[round(math.exp(x), 4) for x in found],
+        )
         for name, found in logs.items()
     ]
     how = f"{options.pairs} pairs of processes, launches alternating A B B A, timer {options.timer}"
@@ -292,7 +298,7 @@ def render(found: Comparison) -> str:
 def as_json(found: Comparison) -> dict[str, Any]:
     """The verdicts as JSON values; infinities are null."""
     lines = [
-        {"row": line.name}
+        {"row": line.name, "ratios": line.ratios}
         | {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(line.judgement).items()}
         for line in found.lines
     ]

@@ -44,8 +44,9 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
     what = [found["cpu"], str(found["cores"]), str(found["memory_gib"])]
     if device.type == "cuda":
-        found["gpu"] = gpu_state()
-        found["gpu"]["name"] = torch.cuda.get_device_name(device)
+        # Before this process opens the GPU: in a container its own entry would bear another process id.
+        others = len(_smi("--query-compute-apps=pid"))
+        found["gpu"] = gpu_state() | {"others": others, "name": torch.cuda.get_device_name(device)}
         what = [str(found["gpu"].get("uuid") or found["gpu"]["name"]), str(found["gpu"].get("driver"))]
     found["id"] = hashlib.sha256("\n".join(what).encode()).hexdigest()[:12]
     return found
@@ -64,8 +65,11 @@ def slug(machine_info: dict[str, Any]) -> str:
     return "-".join(words[:3]) or "cpu"
 
 
-def build() -> dict[str, Any]:
-    """The code that ran: versions, git commit, hashes of the compiled ops. Of the importing process."""
+def build(checkout: Path) -> dict[str, Any]:
+    """The code that ran: versions, git commit, hashes of the compiled ops. Of the importing process.
+
+    The commit is that of the package's own checkout; of `checkout` where the package is an installed wheel.
+    """
     found: dict[str, Any] = {"python": platform.python_version(), "packages": {}, "libraries": {}}
     for name in PACKAGES:
         try:
@@ -81,7 +85,8 @@ def build() -> dict[str, Any]:
     import m2kernels
 
     found["cpu_isa"] = m2kernels.doctor()["environment"].get("cpu_isa")  # type: ignore[union-attr]
-    return found | commit(Path(__file__).parent)
+    own = commit(Path(__file__).parent)
+    return found | (own if own["sha"] else commit(checkout))
 
 
 def commit(folder: Path) -> dict[str, Any]:
@@ -132,11 +137,6 @@ def gpu_state() -> dict[str, Any]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
     index = int(visible) if visible.isdigit() and int(visible) < len(rows) else 0
     return {name: _number(value) for name, value in zip(_GPU_FIELDS, rows[index], strict=False)}
-
-
-def co_tenants() -> int:
-    """Processes on the GPUs that are not this one's."""
-    return sum(row[0] != str(os.getpid()) for row in _smi("--query-compute-apps=pid"))
 
 
 def _smi(query: str) -> list[list[str]]:
@@ -200,8 +200,8 @@ def unfit(machine_info: dict[str, Any], build_info: dict[str, Any]) -> list[str]
                 f"load average {machine_info['load']} on {machine_info['cores']} cores: others are at work"
             )
         return reasons
-    if co_tenants():
-        reasons.append(f"{co_tenants()} other process(es) on the GPU")
+    if gpu.get("others"):
+        reasons.append(f"{gpu['others']} other process(es) on the GPU")
     if str(gpu.get("mig", "")).lower() == "enabled":
         reasons.append("MIG is on: a slice of the GPU is not the GPU")
     if str(gpu.get("ecc", "")).lower() == "disabled":

@@ -63,24 +63,6 @@ def load(folder: Path, workload: Path | None = None) -> dict[str, CaseSpec]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
-    """What is measured together, interleaved: all implementations of a case at one shape, dtype and phase."""
-
-    case: str
-    shape: str
-    dtype: str
-    phase: str
-    impls: tuple[str, ...]
-    """Selected ones; the baseline is added, as ratios are against it."""
-    cache: str = "cold"
-
-    @property
-    def name(self) -> str:
-        """case/shape/phase, with what differs from the usual."""
-        return f"{self.case}/{self.shape}/{self.dtype}/{self.phase}/{self.cache}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Selector:
     """A pattern of rows."""
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from m2train.bench import ceilings as ceiling_store
@@ -133,6 +134,7 @@ class _Group:
         self.spec, self.shape, self.dtype, self.selector = spec, shape, dtype, selector
         self.machine, self.build = pool[0].facts["machine"], pool[0].facts["build"]
         self.opened: dict[str, Any] = {}
+        self.ours: list[str] = []
 
     def rows(self) -> Iterator[Row]:
         """Of every phase, cache state and implementation."""
@@ -143,7 +145,7 @@ class _Group:
             phase = self.selector.phase if self.selector.phase in ("fwd", "bwd", "both") else "fwd"
             yield self._row("*", phase, self._caches(True)[0], "skipped", reason=self.opened["skip"])
             return
-        chosen = self.pool[0].ask("choose", pattern=asdict(self.selector), suite=self.options.suite)
+        chosen = self.choose()
         for phase in chosen["phases"]:
             self.say(f"{self.spec.name} {self.shape} {self.dtype} {phase}: checking")
             checked = self.pool[0].ask("check", phase=phase, impls=chosen["impls"])
@@ -156,6 +158,12 @@ class _Group:
                         numerics = Numerics.model_validate(checked[name]["numerics"])
                         yield self._row(name, phase, cache, "refused", reason=numerics.reason, numerics=numerics)
                 yield from self._timed(chosen, phase, cache, good, checked)
+
+    def choose(self) -> dict[str, Any]:
+        """What the selection means for the case that is open."""
+        chosen: dict[str, Any] = self.pool[0].ask("choose", pattern=asdict(self.selector), suite=self.options.suite)
+        self.ours = chosen["ours"]
+        return chosen
 
     def _caches(self, rotates: bool) -> list[str]:
         if not rotates:
@@ -230,6 +238,7 @@ class _Group:
             id=row_id(identity, created, self.machine["id"]),
             created=created,
             status=status,  # type: ignore[arg-type]
+            ours=impl in self.ours,
             identity=identity,
             machine=self.machine,
             build=self.build,
@@ -243,7 +252,7 @@ def make_timing(name: str, baseline: str | None, answers: list[dict[str, Any]]) 
     samples = [answer["samples"][name] for answer in answers]
     pooled = stats.flat(samples)
     low, high = stats.bootstrap_median(samples)
-    p10, median, p90 = (float(q) for q in stats.np.quantile(pooled, [0.1, 0.5, 0.9]))
+    p10, median, p90 = (float(q) for q in np.quantile(pooled, [0.1, 0.5, 0.9]))
     ratio = None
     if baseline is not None and baseline != name:
         below = [answer["samples"][baseline] for answer in answers]
@@ -299,7 +308,7 @@ def _checked(group: _Group) -> Iterator[Row]:
     if "skip" in opened:
         yield group._row("*", "fwd", "warm", "skipped", reason=opened["skip"])
         return
-    chosen = worker.ask("choose", pattern=asdict(group.selector), suite=group.options.suite)
+    chosen = group.choose()
     for phase in chosen["phases"]:
         for name, reason in chosen["skipped"].items():
             yield group._row(name, phase, "warm", "skipped", reason=reason)

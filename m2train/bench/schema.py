@@ -114,6 +114,8 @@ class Row(Part):
     """UTC, ISO 8601."""
     status: Literal["ok", "refused", "skipped"]
     reason: str = ""
+    ours: bool = False
+    """One of this project's implementations; the others are there to be compared with."""
     identity: Identity
     timing: Timing | None = None
     physics: Physics = Physics()

@@ -6,6 +6,7 @@ one, so intervals resample processes first, and compare.py has a pair of process
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def half_width(samples: Sequence[float]) -> float:
 def t_cdf(t: float, df: float) -> float:
     """P(T <= t) of Student's t, by Simpson's rule: with t = sqrt(df) tan(a) the density is cos(a)^(df - 1)."""
     angle = math.atan(abs(t) / math.sqrt(df))
-    steps = 2000
+    steps = 400
     x = np.linspace(0.0, angle, steps + 1)
     y = np.cos(x) ** (df - 1)
     area = float((y[0] + y[-1] + 4 * y[1:-1:2].sum() + 2 * y[2:-1:2].sum()) * angle / steps / 3)
@@ -87,6 +88,7 @@ def t_cdf(t: float, df: float) -> float:
     return 0.5 + half if t >= 0 else 0.5 - half
 
 
+@functools.cache
 def t_quantile(p: float, df: float) -> float:
     """The t below which a share `p` lies; by bisection, to 1e-9."""
     if p < 0.5:

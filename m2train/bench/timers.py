@@ -171,15 +171,28 @@ class KinetoTimer(Timer):
         return total_us * 1e-6 / len(launches)
 
 
+def check_timer(name: str, device: str) -> str:
+    """The name, if there is such a timer on this device.
+
+    Raises:
+        ValueError: there is none, or it cannot run here.
+    """
+    allowed = CUDA_TIMERS if device == "cuda" else CPU_TIMERS
+    if name not in allowed:
+        raise ValueError(f"got timer {name!r} on {device}; expected one of {', '.join(allowed)}")
+    why = callgrind.unavailable() if name == "callgrind" else None
+    if why is not None:
+        raise ValueError(f"timer callgrind: {why}")
+    return name
+
+
 def make_timer(name: str, device: torch.device) -> Timer:
     """The timer of this name.
 
     Raises:
-        ValueError: it does not exist on this device; the message says which do.
+        ValueError: as `check_timer`, or callgrind is asked for outside of valgrind.
     """
-    allowed = CUDA_TIMERS if device.type == "cuda" else CPU_TIMERS
-    if name not in allowed:
-        raise ValueError(f"got timer {name!r} on {device.type}; expected one of {', '.join(allowed)}")
+    check_timer(name, device.type)
     if name == "wall":
         return WallTimer(device.type == "cuda")
     if name == "callgrind":

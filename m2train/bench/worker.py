@@ -10,7 +10,6 @@ sample   some samples of it: compare.py alternates between two processes with th
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import os
 import sys
@@ -156,14 +155,15 @@ class Server:
         self.device = torch.device(config["device"])
         self.threads = int(config["threads"])
         torch.set_num_threads(self.threads)
+        self.cases = Path(config["cases"])
         workload = Path(config["workload"]) if config.get("workload") else None
-        self.specs = registry.load(Path(config["cases"]), workload)
+        self.specs = registry.load(self.cases, workload)
         self.timer = make_timer(config["timer"], self.device)
         self.bench: Bench | None = None
         self.armed: tuple[Ready, Timer] | None = None
 
     def hello(self) -> dict[str, Any]:
-        return {"machine": env.machine(self.device), "build": env.build(), "pid": os.getpid()}
+        return {"machine": env.machine(self.device), "build": env.build(self.cases), "pid": os.getpid()}
 
     def open(self, case: str, shape: str, dtype: str, seed: int = 0) -> dict[str, Any]:
         self.bench, self.armed = None, None
@@ -189,7 +189,7 @@ class Server:
             "skipped": skipped,
             "phases": phases,
             "baseline": case.baseline,
-            "ours": [name for name in runnable if name in case.ours],
+            "ours": list(case.ours),
             "rotates": case.rotate and input_bytes(case.inputs) > 0,
             "cost": {phase: case.cost(phase) for phase in phases},
         }
@@ -262,12 +262,6 @@ class Server:
         one, timer = self.armed
         return [timer.time(one.take(isinstance(timer, GraphTimer))) for _ in range(count)]
 
-    def once(self, phase: str, impl: str) -> dict[str, Any]:
-        """One launch, in an NVTX range, with nothing around it."""
-        bench = self._open()
-        run_once(bench, phase, impl)
-        return {}
-
     def _open(self) -> Bench:
         assert self.bench is not None, "no case is open"
         return self.bench
@@ -330,8 +324,6 @@ def serve() -> None:
             break
         try:
             if op == "start":
-                for name in request.get("imports", []):
-                    importlib.import_module(name)
                 server = Server(request)
                 _answer(answers, server.hello())
             else:

@@ -53,7 +53,7 @@ def roofline(rows: Sequence[Row], colors: dict[str, int]) -> str:
     """FLOP/s over FLOP/byte, both logarithmic, with the measured ceilings that the rows were judged by.
 
     Args:
-        rows: of one machine, all `placeable`.
+        rows: of one machine, all `placeable`; our own implementations are drawn full, others hollow.
         colors: case -> colour number.
     """
     points = []
@@ -93,17 +93,12 @@ def roofline(rows: Sequence[Row], colors: dict[str, int]) -> str:
         share = f"{row.physics.sol_percent:.1f} % of the speed of light"
         tip = f"{i.case}/{i.impl} {short(row)}: {duration(t.median, t.unit)}, {share}"
         color = colors.get(i.case, 0) % NUM_COLORS
-        kind = "own" if row_is_ours(row) else "other"
+        kind = "own" if row.ours else "other"
         parts.append(
             f'<g class="c{color}"><circle class="{kind}" cx="{x(intensity):.1f}" cy="{y(rate):.1f}" r="5">'
             f"<title>{escape(tip)}</title></circle></g>"
         )
     return _svg(ROOF_WIDTH, ROOF_HEIGHT, f"Roofline with {len(points)} rows", parts)
-
-
-def row_is_ours(row: Row) -> bool:
-    """Our own implementations are drawn full, others hollow."""
-    return row.identity.impl in ("m2", "chunked", "file_engine", "packed")
 
 
 def fmt_si(value: float) -> str:

@@ -123,7 +123,7 @@ def _machine(name: str, shown: Sequence[Row], rows: Sequence[Row], colors: dict[
 def _trends(name: str, rows: Sequence[Row], colors: dict[str, int]) -> list[dict[str, str]]:
     series: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        if machine_name(row) == name and row.status == "ok" and row.timing is not None and figures.row_is_ours(row):
+        if machine_name(row) == name and row.status == "ok" and row.timing is not None and row.ours:
             series.setdefault(row.key(), []).append(row)
     return [
         {"name": _name(found[0]), "svg": figures.trend(sorted(found, key=lambda r: r.created), colors[key[0]])}

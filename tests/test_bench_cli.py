@@ -1,0 +1,275 @@
+"""The command line, one whole run in real processes, comparisons on a fake machine, and how workers are booted."""
+
+import json
+import math
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from bench_rows import CASE_FILE, make_row
+
+from m2train.bench import callgrind, cli, compare, host, profile, selftest
+from m2train.bench.build import Build
+from m2train.bench.rows import append_row, read_rows
+from m2train.bench.timers import make_timer
+
+ROOT = Path(__file__).parents[1]
+
+
+def m2bench(monkeypatch, *words):
+    """The exit code of `m2bench words...`."""
+    monkeypatch.setattr(sys, "argv", ["m2bench", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return end.value.code
+
+
+@pytest.fixture
+def cases(tmp_path):
+    folder = tmp_path / "cases"
+    folder.mkdir()
+    (folder / "bench_tiny.py").write_text(CASE_FILE)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------- a whole run
+
+
+@pytest.mark.timeout(280)
+def test_run_writes_rows_and_refuses_wrong_results(monkeypatch, cases, tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    words = ("run", "-s", "smoke", "--cases", cases, "--cache", "both", "--device", "cpu", "--no-calibrate")
+    code = m2bench(monkeypatch, *words, "--seconds", "0.02", "--ceilings", tmp_path / "none.json", "-o", out)
+    assert code == 1  # `off` is wrong
+    rows = read_rows([out])
+    seen = {(r.identity.impl, r.identity.phase, r.identity.cache): r for r in rows}
+    assert len(seen) == len(rows) == 5 * 2 * 2
+    for phase in ("fwd", "both"):
+        for cache in ("cold", "warm"):
+            good = seen["m2", phase, cache]
+            assert good.status == "ok" and good.timing.processes == 2 and len(good.timing.samples) == 2
+            assert (
+                good.timing.median > 0 and good.timing.ratio.to == "torch" and good.timing.low <= good.timing.median
+            )
+            assert good.numerics.bitwise_repeat and good.numerics.batch_invariant
+            assert good.physics.bytes == {"fwd": 512, "both": 1024}[phase] and "calibrate" in good.physics.note
+            assert seen["torch", phase, cache].timing.ratio is None and good.ours
+            assert not seen["torch", phase, cache].ours
+            assert "over" in seen["off", phase, cache].reason and seen["off", phase, cache].timing is None
+            assert seen["gone", phase, cache].reason == "not installed"
+            assert "suite smoke" in seen["slow", phase, cache].reason
+    assert rows[0].machine["id"] and rows[0].build["packages"]["torch"]
+    text = capsys.readouterr().out
+    assert "tiny/off/small/fwd float32 cold: refused" in text
+    # What `repro` prints is a command that this very program takes.
+    assert m2bench(monkeypatch, "repro", seen["m2", "fwd", "cold"].id, out) == 0
+    command = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("m2bench run "))
+    assert "tiny/m2/small/fwd" in command and "--cache cold" in command and "--timer cpu" in command
+
+
+# ------------------------------------------------------------------------------------------------- other verbs
+
+
+def test_list_and_env(monkeypatch, cases, capsys):
+    assert m2bench(monkeypatch, "list", "--json", "--cases", cases, "--device", "cpu") == 0
+    found = json.loads(capsys.readouterr().out)
+    impls = found["cases"]["tiny"]["impls"]
+    assert impls["gone"]["unsupported_reason"] == "not installed" and impls["m2"]["kind"] == "ours"
+    assert found["peers"]["liger"]["pin"] == "0.8.5"
+    assert m2bench(monkeypatch, "list", "--cases", cases, "--device", "cpu") == 0
+    assert "gone: not installed" in capsys.readouterr().out
+    assert m2bench(monkeypatch, "env", "--device", "cpu") == 0
+    assert json.loads(capsys.readouterr().out)["machine"]["id"]
+    monkeypatch.setattr("m2train.bench.env.unfit", lambda machine, build: ["too loud"])
+    assert m2bench(monkeypatch, "env", "--strict", "--device", "cpu") == 4
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "--no-such-option"),
+        ("run", "nope"),
+        ("run", "--timer", "events", "tiny"),
+        ("run", "--cache", "lukewarm"),
+        ("repro", "ffff"),
+        ("report", "no-such.jsonl"),
+        ("selftest", "--let-through", "everything"),
+        ("profile", "tiny", "--tool", "gdb", "--print"),
+        ("compare", "a.jsonl", "HEAD"),
+    ],
+)
+def test_mistakes_of_users_are_64(monkeypatch, cases, words, tmp_path):
+    monkeypatch.setenv("M2BENCH_CASES", str(cases))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "a.jsonl").write_text(make_row().model_dump_json())
+    assert m2bench(monkeypatch, *words) == 64
+
+
+def test_report(monkeypatch, tmp_path, capsys):
+    append_row(tmp_path / "rows.jsonl", make_row())
+    assert m2bench(monkeypatch, "report", tmp_path / "rows.jsonl", "-o", tmp_path / "out") == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"report.html", "report.md", "rows.csv"}
+    readme = tmp_path / "README.md"
+    from m2train.bench.report.readme import BEGIN, END
+
+    readme.write_text(f"{BEGIN}\nstale\n{END}\n")
+    words = ("report", tmp_path / "rows.jsonl", "--readme", readme)
+    assert m2bench(monkeypatch, *words, "--check") == 1
+    assert m2bench(monkeypatch, *words) == 0
+    assert m2bench(monkeypatch, *words, "--check") == 0
+
+
+def test_selftest_fails_when_something_is_missed(monkeypatch, capsys):
+    outcomes = [
+        selftest.Outcome(name="A/A", caught=True, detail="x"),
+        selftest.Outcome(name="late", caught=False, detail="y"),
+    ]
+    monkeypatch.setattr(selftest, "selftest", lambda *args, **options: iter(outcomes))
+    assert m2bench(monkeypatch, "selftest", "--device", "cpu") == 5
+    assert "MISSED late" in capsys.readouterr().out
+    monkeypatch.setattr(selftest, "selftest", lambda *args, **options: iter(outcomes[:1]))
+    assert m2bench(monkeypatch, "selftest", "--device", "cpu") == 0
+
+
+def test_profile_commands(monkeypatch, cases, tmp_path, capsys):
+    monkeypatch.setenv("M2BENCH_CASES", str(cases))
+    for tool in profile.TOOLS:
+        words = ("profile", "tiny/m2/small/both", "--tool", tool, "--print", "--device", "cpu", "-o", tmp_path)
+        assert m2bench(monkeypatch, *words) == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"CUDA_INJECTION64_PATH=none {tool} ") and "--once" in text
+        assert "tiny/m2/small/both" in text and "--dtype float32" in text
+    assert "m2@m2bench" in " ".join(profile.command("tiny", "ncu", tmp_path, cases, "cpu", None))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert m2bench(monkeypatch, "profile", "tiny", "--tool", "ncu", "--device", "cpu", "-o", tmp_path / "p") == 64
+
+
+def test_once_launches_one_and_measures_nothing(monkeypatch, cases, capsys):
+    monkeypatch.setenv("M2BENCH_CASES", str(cases))
+    assert m2bench(monkeypatch, "run", "tiny/m2/small/both", "--once", "--device", "cpu") == 0
+    assert capsys.readouterr().out == ""
+    for pattern in ("tiny/m2/small", "tiny/nope/small/fwd", "tiny/gone/small/fwd"):
+        assert m2bench(monkeypatch, "run", pattern, "--once", "--device", "cpu") == 64
+
+
+# ------------------------------------------------------------------------------------------------- compare
+
+
+def test_compare_files(monkeypatch, tmp_path, capsys):
+    sides = {"a": 1e-3, "same": 1.001e-3, "slow": 2e-3}
+    for name, median in sides.items():
+        append_row(tmp_path / f"{name}.jsonl", make_row(median=median))
+    a, same, slow = (tmp_path / f"{name}.jsonl" for name in sides)
+    assert m2bench(monkeypatch, "compare", a, same, "--gate", "--strict") == 0
+    assert "SAME" in capsys.readouterr().out
+    out = tmp_path / "verdicts.json"
+    assert m2bench(monkeypatch, "compare", a, slow, "--gate", "-o", out) == 2
+    assert json.loads(out.read_text())["rows"][0]["verdict"] == "SLOWER"
+    assert m2bench(monkeypatch, "compare", a, slow) == 0
+    assert m2bench(monkeypatch, "compare", slow, a, "--gate") == 0
+    append_row(a, make_row(phase="fwd"))  # a row that the other side lacks must not pass a gate unseen
+    assert m2bench(monkeypatch, "compare", a, same, "--gate") == 2
+    assert "not in" in capsys.readouterr().out
+
+
+class FakeMachine:
+    """Two builds whose launches take a fixed time, times a factor that drifts for both alike."""
+
+    def __init__(self, slowdown, wrong_side=None):
+        self.slowdown, self.wrong_side, self.clock, self.started = slowdown, wrong_side, 0, []
+
+    @contextmanager
+    def workers(self, configs):
+        self.started.append([config.site.name for config in configs])
+        yield [FakeWorker(self, config.site.name) for config in configs]
+
+
+class FakeWorker:
+    def __init__(self, machine, name):
+        self.machine, self.name = machine, name
+
+    def ask(self, op, **request):
+        if op == "open":
+            return {}
+        if op == "choose":
+            return {"impls": ["m2", "torch"], "ours": ["m2"], "skipped": {}, "phases": ["fwd"], "rotates": True}
+        if op == "check":
+            wrong = self.name == self.machine.wrong_side
+            return {"m2": {"numerics": {"verdict": "refused" if wrong else "ok", "reason": "off"}}}
+        if op == "arm":
+            return {"per_sample": request.get("per_sample") or 3}
+        assert op == "sample" and request == {"count": 1}
+        self.machine.clock += 1
+        drift = 1 + 0.3 * math.sin(self.machine.clock / 40) + 0.02 * (self.machine.clock * 7919 % 101 / 101)
+        return [1e-3 * drift * (1 + self.machine.slowdown * (self.name == "b"))]
+
+
+@pytest.mark.parametrize(("slowdown", "verdict"), [(0.0, "SAME"), (0.15, "SLOWER"), (-0.15, "FASTER")])
+def test_compare_builds_sees_through_drift(monkeypatch, cases, tmp_path, slowdown, verdict):
+    machine = FakeMachine(slowdown)
+    monkeypatch.setattr(compare, "workers", machine.workers)
+    monkeypatch.setattr(compare, "build", lambda ref, where, say: Build(ref=ref, sha=ref * 10, site=tmp_path / ref))
+    options = compare.CompareOptions(cases=cases, pairs=4)
+    found = compare.compare("a", "b", options, lambda text: None)
+    assert [line.judgement.verdict for line in found.lines] == [verdict]
+    assert found.lines[0].name == "tiny/m2/small/fwd float32 warm"
+    assert found.lines[0].judgement.ratio == pytest.approx(1 + slowdown, rel=0.01)
+    assert machine.started == [["a", "b"], ["b", "a"], ["a", "b"], ["b", "a"]]
+    assert verdict in compare.render(found)
+
+
+def test_compare_refuses_a_side_that_is_wrong(monkeypatch, cases, tmp_path):
+    monkeypatch.setattr(compare, "workers", FakeMachine(0.0, wrong_side="b").workers)
+    monkeypatch.setattr(compare, "build", lambda ref, where, say: Build(ref=ref, sha=ref, site=tmp_path / ref))
+    found = compare.compare("a", "b", compare.CompareOptions(cases=cases, pairs=2), lambda text: None)
+    assert not found.lines and found.missing == ["tiny/m2/small/fwd float32 warm: wrong on side B: off"]
+
+
+def test_unknown_commit_is_a_message(cases):
+    with pytest.raises(ValueError, match="neither a row file nor a commit"):
+        compare.compare("no-such-ref", "HEAD", compare.CompareOptions(cases=ROOT / "benchmarks"), lambda text: None)
+
+
+# ------------------------------------------------------------------------------------------------- processes
+
+
+def test_worker_runs_on_the_given_build_with_this_harness(tmp_path):
+    """The build is imported in place of what is installed here, editable or not; the harness stays this one."""
+    for name in ("m2kernels", "m2train"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("MARK = 'build'\n")
+    code = (
+        f"import runpy, sys; from pathlib import Path; host = runpy.run_path({str(host.HERE / 'host.py')!r});"
+        f"host['use_site'](Path({str(tmp_path)!r})); host['use_this_harness']();"
+        "import m2kernels, m2train, m2train.bench.stats as s; print(m2kernels.MARK, m2train.MARK, s.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["build", "build", str(host.HERE / "stats.py")]
+    lost = subprocess.run(
+        [sys.executable, "-P", "-c", code.replace(str(tmp_path), str(tmp_path / "none"))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert lost.returncode != 0 and "m2kernels would come from" in lost.stderr
+
+
+def test_timers_of_a_cpu():
+    import torch
+
+    with pytest.raises(ValueError, match="expected one of cpu, wall, callgrind"):
+        make_timer("graph", torch.device("cpu"))
+    with pytest.raises(ValueError, match="under valgrind only"):
+        make_timer("callgrind", torch.device("cpu"))
+    for name in ("cpu", "wall"):
+        timer = make_timer(name, torch.device("cpu"))
+        assert timer.time([lambda: sum(range(2000))] * 3) > 0 and timer.name == name
+
+
+def test_callgrind_command():
+    words = callgrind.command(Path("/x/y"))
+    assert words[0] == "valgrind" and "--instr-atstart=no" in words and "--callgrind-out-file=/x/y" in words
+    assert callgrind.unavailable() is None or callgrind.unavailable()
