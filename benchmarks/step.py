@@ -142,8 +142,9 @@ class Rank:
 
     def op_seconds(self) -> dict[str, float]:
         """Seconds a step that the head takes alone, forward and backward, over the packed micro-batches of rank 0."""
-        from m2train.learner.batch import build_micro_batch, plan_micro_batches
         from m2train.learner.head import linear_logprob
+
+        from m2train.learner.batch import build_micro_batch, plan_micro_batches
         from m2train.learner.model import DTYPES
         from m2train.learner.parallel import device
 

@@ -13,7 +13,7 @@ OPS = {
     "linear_logprob": HEAD_BACKENDS,
     "linear_policy_loss": HEAD_BACKENDS,
     "tree_attention": BACKENDS,
-    "logprob": ("cpu", "torch"),
+    "logprob": HEAD_BACKENDS,
 }
 """The tensor ops, and the backends that each one has."""
 

@@ -22,11 +22,11 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def unsupported_reason(backend: str, q: torch.Tensor | None = None) -> str | None:
-    """Why `backend` (cuda | cpu | torch) cannot run here, or on these queries; None if it can."""
+    """Why `backend` (cuda | triton | cpu | torch) cannot run here, or on these queries; None if it can."""
     if backend == "torch":
         return None
-    if backend == "cuda":
-        return "there is no CUDA kernel for tree_attention"
+    if backend in ("cuda", "triton"):
+        return f"there is no {backend} kernel for tree_attention"
     if q is not None and q.device.type != "cpu":
         return f"q is on {q.device.type}"
     return None
