@@ -439,7 +439,7 @@ def test_no_second_derivative():
         ({"softcap": -1.0}, "got softcap -1.0"),
         ({"vocab_start": 128}, "a shard needs its group"),
         ({"chunk_bytes": 0}, "got chunk_bytes 0"),
-        ({"backend": "cuda"}, "got backend 'cuda'; expected auto, triton, cpu, torch"),
+        ({"backend": "cuda"}, "got backend 'cuda'; expected auto, "),
     ],
 )
 def test_wrong_arguments(change, message):

@@ -229,7 +229,7 @@ def test_no_gradient_kept_without_need():
         ({"q": torch.zeros(3, 3, 16)}, "3 query heads cannot share 2 KV heads"),
         ({"q": torch.zeros(2, 4, 16), "k": torch.zeros(2, 2, 16), "v": torch.zeros(2, 2, 16)}, "q has 2 rows"),
         ({"scale": float("nan")}, "got scale nan"),
-        ({"backend": "cuda"}, "there is no CUDA kernel for tree_attention"),
+        ({"backend": "cuda"}, "there is no cuda kernel for tree_attention"),
         ({"backend": "fast"}, "got backend 'fast'"),
     ],
 )
@@ -242,4 +242,4 @@ def test_bad_arguments(change, message):
 
 def test_doctor_lists_it():
     report = mk.doctor()["tree_attention"]
-    assert report["cpu"] is None and report["torch"] is None and "no CUDA kernel" in report["cuda"]
+    assert report["cpu"] is None and report["torch"] is None and "no cuda kernel" in report["cuda"]
