@@ -69,7 +69,7 @@ def triton_head_reason(hidden: torch.Tensor | None = None, dtype: torch.dtype | 
         return why
     if dtype not in _FLOATS:
         return f"the computation is in {dtype}; the kernels take bfloat16, float16 and float32"
-    if hidden.shape[1] * dtype.itemsize % ALIGNMENT:
+    if hidden.dim() == 2 and hidden.shape[1] * dtype.itemsize % ALIGNMENT:
         return f"hidden has {hidden.shape[1]} columns; expected a multiple of {ALIGNMENT // dtype.itemsize}"
     return _bf16_reason(dtype)
 
