@@ -175,6 +175,7 @@ def assert_packings_agree(found: dict[str, Any]) -> None:
         assert tree["learner/unique_tokens"] + tree["learner/duplicate_tokens"] == tree["learner/tokens"]
         assert split["learner/micro_batches"] > tree["learner/micro_batches"] == 1
         assert split["learner/unique_tokens"] < apart["learner/unique_tokens"]
+        assert 0 <= tree["learner/plan_wait_s"] < 1 and tree["learner/plan_s"] > 0
         assert abs(apart["policy/loss"]) > 1e-3 and apart["policy/clip_frac_high"] > 0.01, "a trivial case"
 
 
