@@ -3,6 +3,7 @@
 The fused head needs d loss / d logp of a chunk while its logits are at hand.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -120,3 +121,27 @@ class PolicyTerms:
         found = torch.ops.m2kernels.policy_loss_fwd(*dense, *spec_arguments(self.spec), self.per_token, self.denom)
         grads = found[2:] if self.divisor is None else [g / self.divisor for g in found[2:]]
         return grads[0], grads[1] if self.spec.entropy_coef != 0 else None
+
+
+def spec_to_args(spec: LossSpec) -> tuple[str, str, str, list[float]]:
+    """A spec as arguments of an op: kind, kl, tis_level and numbers, where NaN stands for None."""
+    dual = math.nan if spec.dual_clip is None else spec.dual_clip
+    cap = math.nan if spec.tis_cap is None else spec.tis_cap
+    numbers = [spec.clip_low, spec.clip_high, dual, spec.kl_coef, spec.entropy_coef, cap]
+    return spec.kind, spec.kl, spec.tis_level, [float(x) for x in numbers]
+
+
+def spec_from_args(kind: str, kl: str, tis_level: str, numbers: list[float]) -> LossSpec:
+    """The inverse of :func:`spec_to_args`."""
+    low, high, dual, kl_coef, entropy_coef, cap = numbers
+    return LossSpec(
+        kind=kind,
+        clip_low=low,
+        clip_high=high,
+        dual_clip=None if math.isnan(dual) else dual,
+        kl=kl,
+        kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
+        tis_cap=None if math.isnan(cap) else cap,
+        tis_level=tis_level,
+    )

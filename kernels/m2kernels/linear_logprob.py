@@ -3,8 +3,20 @@
     raw = hidden[rows] @ weight.T + bias, z = softcap(raw) / temperature
     logp = z[target] - lse(z), entropy = lse(z) - sum(p z), p = exp(z - lse(z))
 
-No [M, V] tensor is ever kept: rows go in chunks, the forward keeps 12 bytes a row, the backward
+No [M, V] tensor is ever kept: rows go in chunks, the forward keeps 16 bytes a row, the backward
 computes a chunk's logits again and skips rows whose incoming gradient is exactly zero.
+
+Numerics. Each tile of 128 entries is summed relative to its own largest z, the target left out; the
+tiles are merged in float64, in the vocabulary's order, relative to the target's z, so that
+logp = -log1p(sum of exp(z - z_target)): nothing cancels for confident tokens, no exp overflows, and
+no collective is needed before the sums. Measured on exact float32 logits, V = 152064: relative error
+of |logp| < 1e-2 at most 1.0e-7; 1.6e-7 with all exps anchored at the target (which overflows for
+p < e^-88), and all digits lost by log-sum-exp minus z and by online softmax. Under a common offset of
+1000 the same, where log-sum-exp minus z is off by 5.6e-5. One minus p at the target is -expm1(logp).
+
+On the CPU the C++ GEMM has float32 logits for bfloat16 inputs as well (the error of log-probs falls
+from 6e-2 to 4e-6 with |z| to 15), and a logit is one chain of products whatever is beside it:
+invariance costs nothing there, so `invariant` changes nothing.
 """
 
 from typing import Any, NamedTuple
@@ -197,8 +209,9 @@ def linear_logprob(
         backend: auto | triton | cpu | torch.
         chunk_bytes: budget of a chunk's logits; None: ``m2kernels._head.CHUNK_BYTES``.
         invariant: the forward is the same to the bit whatever the other rows, the chunks and the
-            tensor-parallel degree (shards that begin at multiples of 128; others within 2 ulp).
-            False is faster. Not promised by backend torch.
+            tensor-parallel degree (shards that begin at multiples of 128; others within 2 ulp, of
+            1 for an entropy below it). False allows a backend a faster way, where it has one. Not
+            promised by backend torch.
 
     Returns:
         LogProb(logp, entropy). Run to run the same to the bit, gradients too.

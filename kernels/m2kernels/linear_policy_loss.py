@@ -23,7 +23,7 @@ from torch import distributed as dist
 from m2kernels._check import check_device, check_dtype
 from m2kernels._head import HEAD_SCHEMA, Head, HeadGrads, HeadProblem, head_reason, live_rows, to_inputs
 from m2kernels._head_check import make_problem
-from m2kernels._policy_grads import PolicyTerms
+from m2kernels._policy_grads import PolicyTerms, spec_from_args, spec_to_args
 from m2kernels.linear_logprob import head_backward, row_stats
 from m2kernels.metrics import FINAL_METRICS, RAW_METRICS, metrics_from_stats
 from m2kernels.policy_loss import LossSpec, _check_inputs, _check_spec, _number
@@ -235,29 +235,6 @@ class _LinearPolicyLoss(torch.autograd.Function):
 _SPEC_SCHEMA = "str kind, str kl, str tis_level, float[] numbers"
 
 
-def _spec_to_args(spec: LossSpec) -> tuple[str, str, str, list[float]]:
-    """NaN stands for None."""
-    dual = math.nan if spec.dual_clip is None else spec.dual_clip
-    cap = math.nan if spec.tis_cap is None else spec.tis_cap
-    numbers = [spec.clip_low, spec.clip_high, dual, spec.kl_coef, spec.entropy_coef, cap]
-    return spec.kind, spec.kl, spec.tis_level, [float(x) for x in numbers]
-
-
-def _spec_from_args(kind: str, kl: str, tis_level: str, numbers: list[float]) -> LossSpec:
-    low, high, dual, kl_coef, entropy_coef, cap = numbers
-    return LossSpec(
-        kind=kind,
-        clip_low=low,
-        clip_high=high,
-        dual_clip=None if math.isnan(dual) else dual,
-        kl=kl,
-        kl_coef=kl_coef,
-        entropy_coef=entropy_coef,
-        tis_cap=None if math.isnan(cap) else cap,
-        tis_level=tis_level,
-    )
-
-
 @torch.library.custom_op(
     "m2kernels::linear_policy_loss_fwd",
     mutates_args=(),
@@ -270,7 +247,7 @@ def _fwd(*args: Any) -> tuple[torch.Tensor, ...]:
     old_logp, advantage, seq, rollout_logp, ref_logp, *spec, per_token, denom, divisor, needs = rest
     terms = PolicyTerms(
         old_logp=old_logp, advantage=advantage, seq=seq, rollout_logp=rollout_logp, ref_logp=ref_logp,
-        spec=_spec_from_args(*spec), per_token=per_token, denom=denom, divisor=divisor,
+        spec=spec_from_args(*spec), per_token=per_token, denom=denom, divisor=divisor,
     )  # fmt: skip
     out, grads = _fused(problem, terms, tuple(needs), _Target())
     given = to_inputs(grads, args[:3])
@@ -316,7 +293,7 @@ _fwd.register_autograd(_backward, setup_context=_setup_context)
 def _compiled(problem: HeadProblem, terms: PolicyTerms, needs: list[bool]) -> LinearPolicyLoss:
     loss, logp, entropy, stats, *_ = torch.ops.m2kernels.linear_policy_loss_fwd(
         *problem.args(), terms.old_logp, terms.advantage, terms.seq, terms.rollout_logp, terms.ref_logp,
-        *_spec_to_args(terms.spec), terms.per_token, terms.denom, terms.divisor, needs,
+        *spec_to_args(terms.spec), terms.per_token, terms.denom, terms.divisor, needs,
     )  # fmt: skip
     return LinearPolicyLoss(loss, logp, entropy, metrics_from_stats(stats))
 
