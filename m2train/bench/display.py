@@ -10,7 +10,7 @@ from rich.text import Text
 
 from m2train.bench.schema import Row
 
-_WIDTHS = {"row": 64, "time": 27, "ratio": 25, "SOL": 8, "err": 6, "bits": 4, "MiB": 8}
+_WIDTHS = {"row": 62, "time": 31, "ratio": 25, "SOL": 8, "err": 6, "bits": 4, "MiB": 8}
 _STYLE = {"ok": "green", "refused": "bold red", "skipped": "dim"}
 
 

@@ -13,7 +13,7 @@ from m2train.report.svg import NUM_COLORS, Axis, fmt
 
 ROOF_WIDTH, ROOF_HEIGHT = 1180, 420
 BAR_WIDTH, BAR_ROW, BAR_LABEL, BAR_VALUE = 1180, 24, 400, 200
-TREND_WIDTH, TREND_HEIGHT = 430, 150
+TREND_WIDTH, TREND_HEIGHT = 600, 180
 
 
 def log_ticks(low: float, high: float, most: int = 8) -> list[float]:
