@@ -1,4 +1,4 @@
-"""One optimizer step of the learner in one process: packed micro-batches beside one reply a micro-batch.
+"""One optimizer step of the learner in one process: tree-packed and varlen micro-batches beside one reply a micro-batch.
 
 Megatron-core's model, optimizer and schedule, on random weights. The learning rate is so small that every step finds
 the same weights, which makes each step's log-probs comparable with those before the first.
@@ -103,9 +103,9 @@ def learner_step(s: Setup) -> Case:
     return Case(
         verify=learner.verify,
         inputs=(),
-        impls={"packed": SlowStart(learner.step("varlen")), "unpacked": SlowStart(learner.step("none"))},
-        baseline="unpacked",
-        ours=("packed",),
+        impls={name: SlowStart(learner.step(name)) for name in ("tree", "varlen", "none")},
+        baseline="none",
+        ours=("tree", "varlen"),
         rotate=False,
         pure=False,
     )

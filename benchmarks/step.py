@@ -6,9 +6,10 @@
 Starts the ranks with torchrun, as the trainer does, and alternates between variants step by step, so that all see the
 same machine:
 
-    packed       what the trainer does: replies share micro-batches, chunked LM head
-    unpacked     one reply a micro-batch
-    eager-head   packed, with all logits of a micro-batch at once
+    tree         what the trainer does: shared prefixes are computed once, fused LM head and loss
+    varlen       replies share micro-batches, one after another
+    none         one reply a micro-batch
+    eager-head   tree, with all logits of a micro-batch at once and the loss on them
 
 Prints tokens/s, MFU against the GEMM rate measured on this machine, phases and peak memory of each, and an Amdahl
 table: the share of the step that an op has, times what a variant of the op gains alone, predicts what the step gains;
@@ -24,19 +25,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+import m2kernels as mk
 from m2train.bench import ceilings, env, shapes, stats
 from m2train.bench.models import model_config, write_random_model
 from m2train.bench.steps import make_recipe, recorded_batch, step_flops, synthetic_batch
 
-VARIANTS = ("packed", "unpacked", "eager-head")
+if TYPE_CHECKING:
+    from m2train.learner.model import HeadOutput, HeadRows
+
+VARIANTS = ("tree", "varlen", "none", "eager-head")
 PHASES = {"forward and backward": "learner/forward_backward_s", "optimizer": "learner/optimizer_s"}
 OP_REPEATS = 5
 
@@ -80,13 +85,27 @@ def arguments() -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------- a rank
 
 
-def eager_head(
-    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The learner's head with all logits at once; arguments as m2train.learner.head.linear_logprob."""
-    logits = (hidden.index_select(0, options["rows"]) @ weight[: options["vocab_size"]].t()).float()
-    logp = torch.log_softmax(logits / options["temperature"], dim=-1)
-    return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+def eager_head(hidden: torch.Tensor, weight: torch.Tensor, head: HeadRows) -> HeadOutput:
+    """The learner's head with all logits at once, then the loss; arguments as `PolicyModel._fused_head`."""
+    from m2train.learner.model import HeadOutput
+
+    logits = (hidden.index_select(0, head.rows) @ weight[: head.vocab_size].t()).float()
+    log_p = torch.log_softmax(logits / head.temperature, dim=-1)
+    entropy = -(log_p.exp() * log_p).sum(-1).detach()
+    logp = log_p.gather(1, head.target[:, None])[:, 0]
+    loss = head.loss
+    if loss is None:
+        return HeadOutput(logp, entropy, None, {})
+    found = mk.policy_loss(
+        logp,
+        loss.old_logp,
+        loss.advantage,
+        loss.seq,
+        denom=loss.denom,
+        spec=loss.spec,
+        rollout_logp=loss.rollout_logp,
+    )
+    return HeadOutput(logp.detach(), entropy, found.loss, found.metrics)
 
 
 class Rank:
@@ -109,18 +128,18 @@ class Rank:
     @contextmanager
     def variant(self, name: str) -> Iterator[None]:
         """Make the trainer this variant."""
-        from m2train.learner import model
+        from m2train.learner.model import PolicyModel
 
-        chunked: Callable[..., Any] = model.linear_logprob
+        fused = PolicyModel._fused_head
         recipe = self.trainer.recipe
-        packing = "none" if name == "unpacked" else "varlen"
-        learner = recipe.learner.model_copy(update={"packing": packing})
+        learner = recipe.learner.model_copy(update={"packing": "tree" if name == "eager-head" else name})
         self.trainer.recipe = recipe.model_copy(update={"learner": learner})
-        model.linear_logprob = eager_head if name == "eager-head" else chunked
+        if name == "eager-head":
+            PolicyModel._fused_head = lambda _, *args: eager_head(*args)  # type: ignore[method-assign]
         try:
             yield
         finally:
-            model.linear_logprob = chunked
+            PolicyModel._fused_head = fused  # type: ignore[method-assign]
 
     def step(self, name: str) -> dict[str, float]:
         """One step; seconds, phases (always elapsed time), and the peak of this rank's memory."""
@@ -131,7 +150,7 @@ class Rank:
             dist.barrier()
             reset_peak(cuda)
             start = now(self.args.clock)
-            result = self.trainer.train_step(self.batch)
+            result = self.trainer.train([self.batch])[0]
             seconds = now(self.args.clock) - start
         found = {"seconds": seconds, "peak_bytes": float(peak(cuda))}
         if result.metrics:
@@ -141,35 +160,41 @@ class Rank:
         return found
 
     def op_seconds(self) -> dict[str, float]:
-        """Seconds a step that the head takes alone, forward and backward, over the packed micro-batches of rank 0."""
-        from m2train.learner.head import linear_logprob
-
-        from m2train.learner.batch import build_micro_batch, plan_micro_batches
-        from m2train.learner.model import DTYPES
+        """Seconds a step that head and loss take alone, forward and backward, over the micro-batches of rank 0."""
+        from m2train.learner.model import DTYPES, HeadLoss, HeadRows
+        from m2train.learner.packing import Costs, build_micro_batch, plan_step
         from m2train.learner.parallel import device
+        from m2train.learner.trainer import loss_spec
 
-        with self.variant("packed"):
-            lengths = [s.token_ids.numel() for s in self.batch.samples]
-            plan = plan_micro_batches(lengths, self.trainer.recipe, self.config["hidden_size"])[0]
-        dtype = DTYPES[self.args.dtype]
-        rows_v = self.config["vocab_size"] // self.args.tp
-        weight = (torch.randn(rows_v, self.config["hidden_size"]) * 0.02).to(device(), dtype).requires_grad_()
-        micros = [build_micro_batch(self.batch, members, 1, device()) for members in plan]
-        total = {"packed": 0.0, "eager-head": 0.0}
-        for micro in micros:
-            hidden = (
-                torch.randn(micro.tokens.shape[1], self.config["hidden_size"]).to(device(), dtype).requires_grad_()
+        with self.variant("tree"):
+            plan = plan_step(self.batch, self.trainer.recipe, Costs.of(self.trainer.hf))
+        policy, dtype = self.trainer.policy, DTYPES[self.args.dtype]
+        rows_v, width = self.config["vocab_size"] // self.args.tp, self.config["hidden_size"]
+        weight = (torch.randn(rows_v, width) * 0.02).to(device(), dtype).requires_grad_()
+        weight.main_grad = torch.zeros(rows_v, width, device=device())  # type: ignore[attr-defined]
+        total = {"tree": 0.0, "eager-head": 0.0}
+        for members, forest in zip(plan.members[0], plan.forests, strict=True):
+            micro = build_micro_batch(self.batch, members, forest, device())
+            hidden = torch.randn(micro.tokens.shape[1], width).to(device(), dtype).requires_grad_()
+            loss = HeadLoss(
+                old_logp=micro.old_logp,
+                advantage=micro.advantage,
+                seq=micro.seq,
+                rollout_logp=micro.rollout_logp,
+                denom=self.batch.denom,
+                spec=loss_spec(self.trainer.recipe.algo),
             )
-            options: dict[str, Any] = {"rows": micro.rows, "temperature": 1.0, "tp_group": None}
-            options |= {"vocab_start": 0, "vocab_size": rows_v}
             target = micro.target % rows_v
+            head = HeadRows(rows=micro.rows, target=target, temperature=1.0, vocab_size=rows_v, loss=loss)
             found: dict[str, list[float]] = {name: [] for name in total}
             for _ in range(OP_REPEATS + 1):  # in turn, so that both see the same machine; the first round is dropped
-                for name, head in (("packed", linear_logprob), ("eager-head", eager_head)):
-                    start = now(self.args.clock)
-                    logp, _ = head(hidden, weight, target, **options)
-                    torch.autograd.grad(logp.sum(), (hidden, weight))
-                    found[name].append(now(self.args.clock) - start)
+                for name in total:
+                    with self.variant(name):
+                        start = now(self.args.clock)
+                        value = policy._fused_head(hidden, weight, head).loss
+                        assert value is not None
+                        value.backward()
+                        found[name].append(now(self.args.clock) - start)
             for name, seconds in found.items():
                 total[name] += median(seconds[1:])
         return total
@@ -312,17 +337,17 @@ def render(result: dict[str, Any], tokens: int, flops: float, peak_rate: float) 
 def amdahl(steps: dict[str, list[dict[str, float]]], ops: dict[str, float]) -> Sequence[str]:
     """Share of an op x its own gain = predicted gain of the step, beside the measured one.
 
-    Gains are times of the variant over times of `packed`: under 1 is faster.
+    Gains are times of the variant over times of `tree`: under 1 is faster.
     """
-    if "packed" not in steps or "eager-head" not in steps:
-        return ["no Amdahl table: it takes the variants packed and eager-head"]
-    base = [s["seconds"] for s in steps["packed"]]
-    share = ops["packed"] / median(base)
-    gain = ops["eager-head"] / ops["packed"]
+    if "tree" not in steps or "eager-head" not in steps:
+        return ["no Amdahl table: it takes the variants tree and eager-head"]
+    base = [s["seconds"] for s in steps["tree"]]
+    share = ops["tree"] / median(base)
+    gain = ops["eager-head"] / ops["tree"]
     predicted = 1 - share + share * gain
     measured, low, high = stats.bootstrap_ratio([[s["seconds"] for s in steps["eager-head"]]], [base])
     return [
-        "op       share of the step  op: eager/chunked  step: predicted  step: measured [95 %]",
+        "op       share of the step  op: eager/fused    step: predicted  step: measured [95 %]",
         f"LM head  {100 * share:>15.1f} %  {f'x{gain:.3f}':>17}  {f'x{predicted:.3f}':>15}  "
         f"x{measured:.3f} [{low:.3f}, {high:.3f}]",
     ]

@@ -130,9 +130,10 @@ class LearnerConfig(Section):
     """Gradients are reduced while the backward runs, weights gathered while the next forward does (dp > 1)."""
     micro_batch_loss_rows: int | None = Field(None, ge=1)
     """Cap on the scored tokens of a micro-batch; None: none but that on its tokens."""
-    packing: Literal["tree", "varlen", "none"] = "tree"
+    packing: Literal["auto", "tree", "varlen", "none"] = "auto"
     """`tree`: replies share micro-batches, and what they have in common is computed once; `varlen`: they lie one
-    after another; `none`: one reply a micro-batch."""
+    after another; `none`: one reply a micro-batch; `auto`: tree where `mk.tree_attention` has a kernel (CPU), varlen
+    where it has its reference alone (CUDA, so far)."""
     threads: int | None = Field(None, ge=1)
     """CPU threads per rank; None: cores / ranks."""
     launch: Literal["local", "external"] = "local"

@@ -150,6 +150,20 @@ def test_rows_that_are_not_selected_do_not_matter(backend):
     assert not clean.grads[0][unused].any()
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_padding_never_shows(backend, softcap):
+    """Padded rows of the weight and of the bias may hold anything: no value, no gradient of a real row hears of it."""
+    options = {} if softcap is None else {"softcap": softcap}
+    case = make_case(bias=True, padding=37, **options)
+    clean = run_op(case, mk.linear_logprob, backend=backend)
+    case.weight[-37:], case.options["bias"][-37:] = math.nan, math.nan
+    dirty = run_op(case, mk.linear_logprob, backend=backend)
+    assert torch.equal(dirty.logp, clean.logp) and torch.equal(dirty.entropy, clean.entropy)
+    for mine, theirs in zip(dirty.grads, clean.grads, strict=True):
+        assert not mine.isnan().any() and torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_with_zero_gradient_are_skipped_and_nan_is_not(backend, monkeypatch):
     from m2kernels import _head

@@ -261,7 +261,7 @@ class HeadGrads:
     def add(self, dz: torch.Tensor, chunk_hidden: torch.Tensor, positions: slice | torch.Tensor) -> None:
         """Add a chunk: dz [C, Vl] and hidden [C, D], rows `positions` of the problem's hidden."""
         if self.to_hidden is not None:
-            part = self.head.kernels.hidden_grad(dz, self.head.weight).float()
+            part = self.head.kernels.hidden_grad(*self._valid(dz)).float()
             if isinstance(positions, slice):
                 self.to_hidden[positions] += part
             elif part.is_cuda:  # index_add adds in any order there
@@ -275,6 +275,11 @@ class HeadGrads:
             if self.to_weight is None:
                 self.to_weight = dz.new_empty(dz.shape[1], chunk_hidden.shape[1], dtype=self.dtype)
             self.head.kernels.weight_grad(dz, chunk_hidden, self.to_weight, first=first, scale=self.scale)
+
+    def _valid(self, dz: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """dz and the weight without padding, whose zero gradient would not hide a NaN in the weight."""
+        valid, weight = self.head.num_valid, self.head.weight
+        return (dz, weight) if valid == weight.shape[0] else (dz[:, :valid], weight[:valid])
 
     def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """(d hidden, d weight, d bias): float32, but a single chunk's weight; None where not wanted."""

@@ -129,7 +129,9 @@ class TorchHead(HeadKernels):
             slope = torch.where(ge == 0, slope, slope - ge * spread)
         slope = slope * _inverse(settings)
         if settings.softcap is not None:
-            slope = slope * (1 - (capped / settings.softcap).square())
+            flatter = 1 - (capped / settings.softcap).square()
+            flatter[:, settings.num_valid :] = 0  # a bias may hold NaN there
+            slope = slope * flatter
         live = grad_logp != 0
         if grad_entropy is not None:
             live = live | (grad_entropy != 0)

@@ -45,6 +45,8 @@ def load(folder: Path, workload: Path | None = None) -> dict[str, CaseSpec]:
         ValueError: two cases have one name.
     """
     REGISTERED.clear()
+    if str(folder.resolve()) not in sys.path:
+        sys.path.append(str(folder.resolve()))  # case files may import one another
     for path in sorted(folder.glob("bench_*.py")):
         spec = importlib.util.spec_from_file_location(f"m2bench_cases.{path.stem}", path)
         assert spec is not None and spec.loader is not None

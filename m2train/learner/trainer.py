@@ -71,6 +71,7 @@ class Trainer:
     def __init__(
         self, recipe: Recipe, model_dir: Path, resume: Path | None = None, control: dist.ProcessGroup | None = None
     ) -> None:
+        recipe = _with_packing(recipe)
         self.recipe = recipe
         self.hf = read_hf_config(model_dir)
         recipe.check_model(self.hf.heads, self.hf.kv_heads, self.hf.layers, self.hf.max_positions)
@@ -250,6 +251,14 @@ class Trainer:
         if out.loss is not None and not math.isfinite(scored.loss):
             raise FloatingPointError(f"loss is {scored.loss} in micro-batch {index} of update {self.update}")
         return loss, count, scored
+
+
+def _with_packing(recipe: Recipe) -> Recipe:
+    """`packing = "auto"` decided: a forest is worth its while where its attention has a kernel."""
+    if recipe.learner.packing != "auto":
+        return recipe
+    packing = "tree" if device().type == "cpu" else "varlen"
+    return recipe.model_copy(update={"learner": recipe.learner.model_copy(update={"packing": packing})})
 
 
 def loss_spec(algo: AlgoConfig) -> mk.LossSpec:
