@@ -1,4 +1,4 @@
-"""One optimizer step of the learner in one process: tree-packed and varlen micro-batches beside one reply a micro-batch.
+"""One optimizer step of the learner in one process: packed by tree, by varlen, and one reply a micro-batch.
 
 Megatron-core's model, optimizer and schedule, on random weights. The learning rate is so small that every step finds
 the same weights, which makes each step's log-probs comparable with those before the first.

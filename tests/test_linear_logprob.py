@@ -153,7 +153,7 @@ def test_rows_that_are_not_selected_do_not_matter(backend):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_in_padding_never_shows(backend, softcap):
-    """Padded rows of the weight and of the bias may hold anything: no value, no gradient of a real row hears of it."""
+    """Padding in weight and bias may hold anything: no value and no gradient of a real row hears of it."""
     options = {} if softcap is None else {"softcap": softcap}
     case = make_case(bias=True, padding=37, **options)
     clean = run_op(case, mk.linear_logprob, backend=backend)

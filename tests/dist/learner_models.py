@@ -118,6 +118,7 @@ def make_recipe(tp: int = 1, pp: int = 1, dp: int = 1, **learner: Any) -> Recipe
     gradient's sign, and rounding noise of 1e-7 in a gradient near zero becomes a full step in either direction."""
     settings = {
         "dtype": "float32",
+        "packing": "tree",
         "lr": 0.05,
         "eps": 1.0,
         "micro_batch_tokens": 256,
