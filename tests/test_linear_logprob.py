@@ -1,6 +1,9 @@
 """m2kernels.linear_logprob and logprob: float64 oracle, hostile inputs, invariance, other trainers' uses."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from kernel_testing import assert_kernel
 import m2kernels as mk
 from m2kernels._head_cpu import CpuHead
 from m2kernels._head_torch import TorchHead
+from m2kernels._native import ISA_NAMES, cpu_isa
 from m2kernels.linear_logprob import unsupported_reason
 
 BACKENDS = [b for b in ("cpu", "torch") if unsupported_reason(b) is None]
@@ -46,6 +50,33 @@ def test_oracle(backend, dtype, variant):
     assert_case(case, backend, chunk_bytes=1)  # chunks of the smallest size
     if "vocab_size" in case.options:
         assert not got.grads[1][case.options["vocab_size"] :].any(), "padding has no gradient"
+
+
+ISA_SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from m2kernels._native import cpu_isa
+try:
+    print(cpu_isa())
+except RuntimeError:
+    print("cannot"); sys.exit()
+import test_linear_logprob as t
+for dtype in t.DTYPES:
+    for variant in t.VARIANTS:
+        t.test_oracle("cpu", dtype, variant)
+    for vocab, depth, rows in ((128, 64, 33), (1, 3, 4), (129, 1, 17)):
+        t.test_vocabularies("cpu", vocab, depth, rows, dtype)
+"""
+
+
+@pytest.mark.parametrize("isa", [i for i in ISA_NAMES if i != cpu_isa()])
+def test_every_other_instruction_set(isa):
+    """The set is chosen once a process; this process tests its own."""
+    script = ISA_SCRIPT.format(tests=os.path.dirname(__file__))
+    env = {**os.environ, "M2KERNELS_CPU_ISA": isa}
+    out = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert out.stdout.strip() in ((isa,) if isa == "baseline" else (isa, "cannot"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
