@@ -98,7 +98,8 @@ def main() -> int:
     if gpu is None and not args.dry_run:
         print("gpu-check: no NVIDIA GPU here (nvidia-smi found none); --dry-run does what can be done without one")
         return 1
-    out = (args.out or ROOT / "benchmarks" / "results" / (gpu or "dry-run")).absolute()
+    place = ROOT / "benchmarks" / "results" / gpu if gpu else ROOT / "build" / "dry-run"
+    out = (args.out or place).absolute()
     out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(SITE, ignore_errors=True)
     path = os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH")]))
