@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional as F
 
 from m2kernels import TreePlan
-from m2train.bench import peers
+from m2train.bench import peers, registry
 from m2train.bench.case import Fn, Impl, Skip, SlowStart
 
 Varlen = Callable[..., torch.Tensor]
@@ -207,7 +207,7 @@ def attention_impls(
         ways = ("each",) if name == "cudnn" else ("each", "paths")
         kernel = peers.peer(key, device, module, adapt)
         if not isinstance(kernel, Skip) and not narrow:
-            kernel = Skip(f"{module} takes bfloat16 and float16 only, not {dtype}".replace("torch.f", "f"))
+            kernel = Skip(f"{module} takes bfloat16 and float16; got {registry.dtype_name(dtype)}")
         for way in ways:
             if isinstance(kernel, Skip):
                 found[f"{name}-{way}"] = Skip(str(kernel))
