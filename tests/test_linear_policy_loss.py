@@ -1,7 +1,5 @@
 """m2kernels.linear_policy_loss: float64 oracle, the two ops one after the other, main_grad, recompute."""
 
-import importlib
-
 import pytest
 import torch
 from head_cases import plain_torch as plain_head
@@ -10,6 +8,7 @@ from policy_cases import SPECS, ids
 from torch.utils.checkpoint import checkpoint
 
 import m2kernels as mk
+from m2kernels._main_grad import assert_factor
 from m2kernels.linear_logprob import unsupported_reason
 from m2kernels.reference import linear_policy_loss_ref
 
@@ -124,7 +123,8 @@ def test_equals_the_two_ops(backend, spec, on_policy):
 
 
 def test_sequences_longer_than_a_chunk_are_done_twice(monkeypatch):
-    module = importlib.import_module("m2kernels.linear_policy_loss")
+    from m2kernels import _head_policy as module
+
     leaves, case = make_case()
     seen = []
     two = module._two_passes
@@ -137,10 +137,10 @@ def test_sequences_longer_than_a_chunk_are_done_twice(monkeypatch):
     assert seen
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    chunks = module._sequence_chunks(torch.tensor([0, 0, 3, 3, 3, 4, 9, 9]), 4)
+    chunks = module.sequence_chunks(torch.tensor([0, 0, 3, 3, 3, 4, 9, 9]), 4)
     assert chunks == [slice(0, 2), slice(2, 6), slice(6, 8)]
-    assert module._sequence_chunks(torch.tensor([0, 0, 0]), 2) is None
-    assert module._sequence_chunks(torch.tensor([], dtype=torch.int64), 2) == []
+    assert module.sequence_chunks(torch.tensor([0, 0, 0]), 2) is None
+    assert module.sequence_chunks(torch.tensor([], dtype=torch.int64), 2) == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -274,6 +274,13 @@ def test_another_factor_than_grad_scale_raises():
     leaves, case = make_case()
     with pytest.raises(ValueError, match=r"brings a gradient of 2.0; expected grad_scale=4.0"):
         main_grad_step(leaves, case, torch.zeros(VOCAB, DEPTH), 4.0, 2.0)
+
+
+def test_the_factor_is_checked_without_a_host_read():
+    # What a GPU does; there a false assertion ends the process.
+    assert_factor("op", torch.tensor(4.0), 4.0)
+    with pytest.raises(RuntimeError, match="op: the backward brings another gradient than grad_scale=4.0"):
+        assert_factor("op", torch.tensor(4.1), 4.0)
 
 
 def test_second_backward_raises():

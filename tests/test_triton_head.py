@@ -1,5 +1,7 @@
 """The Triton head under the interpreter: float64 oracle, hostile inputs, invariance to the bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernel_testing import assert_kernel
@@ -82,11 +84,11 @@ def test_merge_equals_torch_on_hostile_tiles():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_do_not_depend_on_the_batch(dtype):
     case = make_case(dtype, 150, 72, 650)
-    s = case.settings
-    whole, _ = head().forward(case.hidden, case.weight, case.target, s, entropy=True, keep=True)
+    whole, _ = head().forward(case.hidden, case.weight, case.settings, entropy=True, keep=True)
     order = torch.randperm(150, generator=torch.Generator().manual_seed(1))
     for rows in (order, order[:7], torch.tensor([149]), torch.tensor([3, 3])):
-        part, kept = head().forward(case.hidden[rows], case.weight, case.target[rows], s, entropy=True, keep=False)
+        one = case.pick(rows)
+        part, kept = head().forward(one.hidden, one.weight, one.settings, entropy=True, keep=False)
         assert kept is None
         for whole_field, field in zip(whole, part, strict=True):
             assert torch.equal(whole_field[rows], field)
@@ -95,13 +97,13 @@ def test_rows_do_not_depend_on_the_batch(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shards_cut_at_a_tile_give_the_same_tiles(dtype):
     case = make_case(dtype, 20, 72, 650)
-    whole, _ = head().forward(case.hidden, case.weight, case.target, case.settings, entropy=True, keep=False)
+    whole, _ = head().forward(case.hidden, case.weight, case.settings, entropy=True, keep=False)
     tops = []
     for start, end in ((0, 128), (128, 512), (512, 650)):
         held = (case.target >= start) & (case.target < end)
-        settings = HeadSettings(bias=None, inv_temperature=1.0, softcap=None, num_valid=end - start)
         target = torch.where(held, case.target - start, -1)
-        part, _ = head().forward(case.hidden, case.weight[start:end], target, settings, entropy=True, keep=False)
+        settings = replace(case.settings, target=target, num_valid=end - start)
+        part, _ = head().forward(case.hidden, case.weight[start:end], settings, entropy=True, keep=False)
         tops.append(torch.stack(part[1:]))
         assert torch.equal(part.z_target[held], whole.z_target[held])
     assert torch.equal(torch.cat(tops, 2), torch.stack(whole[1:]))
@@ -109,31 +111,32 @@ def test_shards_cut_at_a_tile_give_the_same_tiles(dtype):
 
 def test_nan_stays_in_its_row_and_zero_gradients_hide_it():
     case = make_case(torch.float32, 10, 64, 256)
-    clean, _ = head().forward(case.hidden, case.weight, case.target, case.settings, entropy=True, keep=False)
+    clean, _ = head().forward(case.hidden, case.weight, case.settings, entropy=True, keep=False)
     case.hidden[4, 3] = float("nan")
-    stats, kept = head().forward(case.hidden, case.weight, case.target, case.settings, entropy=True, keep=True)
+    stats, kept = head().forward(case.hidden, case.weight, case.settings, entropy=True, keep=True)
     others = torch.arange(10) != 4
     for before, after in zip(clean, stats, strict=True):
         assert torch.equal(before[others], after[others])
     assert stats.total[4].isnan().all()
     case.grad_logp[4] = case.grad_entropy[4] = 0.0
     rows = oracle_rows(make_case(torch.float32, 10, 64, 256))
-    dz = head().grad(kept, case.target, case.settings, rows, case.grad_logp, case.grad_entropy)
+    dz = head().grad(kept, case.settings, rows, case.upstream)
     assert not dz.isnan().any() and not dz[4].any()
 
 
 def test_nothing_to_do_and_unaligned_views():
     case = make_case(torch.bfloat16, 5, 64, 256)
-    stats, _ = head().forward(case.hidden[:0], case.weight, case.target[:0], case.settings, entropy=True, keep=True)
+    empty = case.pick(torch.arange(0))
+    stats, _ = head().forward(empty.hidden, case.weight, empty.settings, entropy=True, keep=True)
     assert [x.shape for x in stats] == [(0,), (0, 2), (0, 2), (0, 2)]
-    none = HeadSettings(bias=None, inv_temperature=1.0, softcap=None, num_valid=0)
-    stats, kept = head().forward(case.hidden, case.weight[:0], case.target - 999, none, entropy=False, keep=True)
+    none = replace(case.settings, target=torch.full((5,), -1), num_valid=0)
+    stats, kept = head().forward(case.hidden, case.weight[:0], none, entropy=False, keep=True)
     assert stats.top.shape == (5, 0) and kept.scratch.shape == (5, 0)
-    want, _ = head().forward(case.hidden, case.weight, case.target, case.settings, entropy=False, keep=False)
+    want, _ = head().forward(case.hidden, case.weight, case.settings, entropy=False, keep=False)
     flat = torch.empty(256 * 64 + 1, dtype=torch.bfloat16)
     shifted = flat[1:].view(256, 64)
     shifted.copy_(case.weight)
-    got, _ = head().forward(case.hidden, shifted, case.target, case.settings, entropy=False, keep=False)
+    got, _ = head().forward(case.hidden, shifted, case.settings, entropy=False, keep=False)
     assert torch.equal(got.total, want.total)
 
 
@@ -145,14 +148,14 @@ def test_logits(dtype):
     logits = wide[:, :650]
     logits.copy_(case.hidden @ case.weight.t())
     temperature = 0.5 + torch.rand(37)
-    settings = HeadSettings(bias=None, inv_temperature=temperature, softcap=15.0, num_valid=650)
+    settings = HeadSettings(target=case.target, bias=None, inv_temperature=temperature, softcap=15.0, num_valid=650)
     same = HeadCase(
-        hidden=logits.clone(), weight=torch.eye(650, dtype=dtype), target=case.target, settings=settings,
+        hidden=logits.clone(), weight=torch.eye(650, dtype=dtype), settings=settings,
         grad_logp=case.grad_logp, grad_entropy=case.grad_entropy,
     )  # fmt: skip
-    check_statistics(head(), same, head().tile_stats(logits, case.target, settings, entropy=True), eps=1e-6)
+    check_statistics(head(), same, head().tile_stats(logits, settings, entropy=True), eps=1e-6)
     rows = oracle_rows(same)
-    dz = head().logits_grad(logits, case.target, settings, rows, case.grad_logp, case.grad_entropy)
+    dz = head().logits_grad(logits, settings, rows, case.upstream)
     check_gradient(same, dz, eps=1e-6)
 
 
@@ -214,9 +217,10 @@ def test_linear_logprob_end_to_end(dtype):
     plain = run_op(case, rows, target, backend="torch")
     s = case.settings
     picked = HeadCase(
-        hidden=case.hidden[rows], weight=case.weight, target=target,
+        hidden=case.hidden[rows], weight=case.weight,
         settings=HeadSettings(
-            bias=s.bias, inv_temperature=s.inv_temperature[rows], softcap=s.softcap, num_valid=s.num_valid
+            target=target, bias=s.bias, inv_temperature=s.inv_temperature[rows], softcap=s.softcap,
+            num_valid=s.num_valid,
         ),
         grad_logp=case.grad_logp[rows], grad_entropy=case.grad_entropy[rows],
     )  # fmt: skip

@@ -25,13 +25,13 @@ def head():
 
 
 def forward(case, keep=False):
-    return head().forward(case.hidden, case.weight, case.target, case.settings, entropy=True, keep=keep)
+    return head().forward(case.hidden, case.weight, case.settings, entropy=True, keep=keep)
 
 
 def both(case):
     """Statistics and gradient, copied: grad reuses the memory of what forward kept."""
     stats, kept = forward(case, keep=True)
-    dz = head().grad(kept, case.target, case.settings, oracle_rows(case), case.grad_logp, case.grad_entropy)
+    dz = head().grad(kept, case.settings, oracle_rows(case), case.upstream)
     return *stats, dz
 
 
@@ -57,9 +57,7 @@ def test_head_is_invariant_and_deterministic_to_the_bit(dtype):
     for a, b in zip(whole, again, strict=True):
         assert torch.equal(a, b)
     for rows in (order, order[:129], order[:1]):
-        part, _ = head().forward(
-            case.hidden[rows], case.weight, case.target[rows], case.settings, entropy=True, keep=False
-        )
+        part, _ = forward(case.pick(rows))
         for a, b in zip(whole, part, strict=True):
             assert torch.equal(a[rows], b)
 
@@ -88,7 +86,7 @@ def test_head_in_a_cuda_graph():
 
     def step():
         stats, kept = forward(case, keep=True)
-        dz = head().grad(kept, case.target, case.settings, rows, case.grad_logp, case.grad_entropy)
+        dz = head().grad(kept, case.settings, rows, case.upstream)
         return *stats, dz
 
     step()  # compiles
