@@ -112,6 +112,49 @@ def test_a_group_stays_whole_where_it_fits_and_shares_its_context_where_not() ->
     assert prefixes.size([0, 3]) == (70, 50 * 51 // 2 + 2 * (500 + 55))
 
 
+def first_fit(forest: Any, rows: list[int], limit: Limit) -> list[tuple[list[int], int, int]]:
+    """Units by recursion over the segments: (samples, unique tokens, scored tokens)."""
+    seg = forest.segments
+    children: dict[int, list[int]] = {}
+    for s, parent in enumerate(seg.parent.tolist()):
+        children.setdefault(parent, []).append(s)
+
+    def cut(s: int) -> list[list[Any]]:
+        """[samples, tokens below the path, rows] of each unit of a subtree; the path is the caller's."""
+        own = int(seg.end[s] - seg.start[s])
+        path = int(seg.depth[s]) + own
+        ending = [i for i, leaf in enumerate(seg.leaf.tolist()) if leaf == s]
+        parts = [part for child in children.get(s, []) for part in cut(child)]
+        samples = ending + [i for part in parts for i in part[0]]
+        whole = [samples, int(seg.depth[s]) + int(seg.subtree_end[s] - seg.start[s]), sum(rows[i] for i in samples)]
+        if whole[1] <= limit.tokens and whole[2] <= limit.rows:
+            return [whole]
+        units: list[list[Any]] = []
+        for part in sorted([*parts, *([[i], path, rows[i]] for i in ending)], key=lambda p: -p[1]):
+            for unit in units:
+                if unit[1] + part[1] - path <= limit.tokens and unit[2] + part[2] <= limit.rows:
+                    unit[:] = [unit[0] + part[0], unit[1] + part[1] - path, unit[2] + part[2]]
+                    break
+            else:
+                units.append(list(part))
+        return units
+
+    return sorted((sorted(unit[0]), unit[1], unit[2]) for root in children.get(-1, []) for unit in cut(root))
+
+
+@settings(max_examples=300, deadline=None)
+@given(forests(max_sequences=24, max_new=12), st.integers(0, 60) | st.just(float("inf")), st.integers(0, 60))
+def test_units_are_those_of_plain_first_fit(case: Any, tokens: float, scored: float) -> None:
+    sequences = [torch.tensor(s) for s in case[0] if s]
+    rows = [1 + i % 7 for i in range(len(sequences))]
+    for limit in (Limit(tokens, scored), Limit(tokens * 0.7, float("inf"))):
+        prefixes = SharedPrefixes(sequences, rows)
+        got = [(unit.samples, unit.tokens, unit.rows) for unit in prefixes.units(limit)]
+        assert got == first_fit(prefixes.plan, rows, limit)
+        for samples, unique, total in got:
+            assert prefixes.size(samples)[0] == unique and sum(rows[i] for i in samples) == total
+
+
 def test_ranks_split_a_group_rather_than_idle() -> None:
     context = list(range(100, 150))
     batch = batch_of([context + [i] * 40 for i in range(8)])
