@@ -4,8 +4,8 @@
 
 For a machine with an H100, torch 2.11 or newer, its Triton, nvcc, typer, rich, jinja2, numpy, pytest and no network.
 This file uses the standard library alone; what more is wanted (other projects' kernels, megatron-core) comes as
-wheels from a folder (`make gpu-wheels` fills one). Steps end at the time limit, and rows are written as they are measured:
-whenever the run is cut off, --out has what there is by then. What was not run is said.
+wheels from a folder (`make gpu-wheels` fills one). Steps end at the time limit, and rows are written as they are
+measured: whenever the run is cut off, --out has what there is by then. What was not run is said.
 
 Without a GPU only `--dry-run` works: it builds, has the sm_90a compile gate stand in for the device, and prints the
 commands that would have run.

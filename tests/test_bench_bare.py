@@ -138,4 +138,5 @@ def test_peers_folder_reaches_the_workers(bare, tmp_path):
     bare(*run, code=1)
     bare(*run, M2BENCH_PEERS=str(tmp_path / "nowhere"), code=64)
     bare(*run, M2BENCH_PEERS=str(folder))
-    assert {row.build["packages"]["cut-cross-entropy"] for row in read_rows([out])} == {"9.9"}
+    good = [row for row in read_rows([out]) if row.status == "ok"]
+    assert len(good) == 2 and {row.build["packages"]["cut-cross-entropy"] for row in good} == {"9.9"}

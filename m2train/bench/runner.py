@@ -38,8 +38,8 @@ class Budget:
 
 
 BUDGETS = {
-    "smoke": Budget(processes=2, seconds=0.3, warmup_s=0.2),
-    "paper": Budget(processes=3, seconds=1.5, warmup_s=0.2, energy_s=0.4),
+    "smoke": Budget(processes=3, seconds=0.2, warmup_s=0.2),
+    "paper": Budget(processes=4, seconds=1.2, warmup_s=0.2, energy_s=0.4),
     "nightly": Budget(processes=5, seconds=5.0, warmup_s=0.5, energy_s=1.0),
 }
 
