@@ -63,14 +63,14 @@ def merge(path: Path, launch: Iterable[str], dram_bytes: float) -> str:
     newest = max(found, key=lambda row: row.created)
     physics = newest.physics
     physics.dram_bytes = dram_bytes
+    notes = [part for part in physics.note.split("; ") if part and not part.startswith("measured DRAM")]
     text = f"{newest.id}: {dram_bytes:.4g} bytes of DRAM traffic measured"
     if physics.bytes:
         excess = dram_bytes / physics.bytes - 1
         text += f", {physics.bytes:.4g} stated ({100 * excess:+.1f} %)"
         if abs(excess) > TOLERANCE:
-            note = f"measured DRAM traffic is {100 * excess:+.1f} % off the stated bytes"
-            kept = [part for part in physics.note.split("; ") if part and not part.startswith("measured DRAM")]
-            physics.note = "; ".join([*kept, note])
+            notes.append(f"measured DRAM traffic is {100 * excess:+.1f} % off the stated bytes")
+    physics.note = "; ".join(notes)
     write_atomic(path, "".join(row.to_json() + "\n" for row in rows))
     return text
 
