@@ -318,7 +318,8 @@ def render(result: dict[str, Any], tokens: int, flops: float, peak_rate: float) 
     b = result["batch"]
     lines = [
         f"{result['model']}, {result['layers']} layers, {result['dtype']}, {result['ranks']}",
-        f"{b['replies']} replies, {tokens} tokens, {flops:.3g} FLOPs a step; "
+        f"{b['replies']} replies, {tokens} tokens, {flops:.3g} FLOPs a step with every reply by itself (what `tree` "
+        "shares raises its MFU); "
         f"GEMM rate of this machine {peak_rate:.3g} FLOP/s; clock: {result['clock']} time, phases: wall",
         "",
         f"{'variant':<11} {'step s [95 %]':<24} {'tokens/s':>9} {'MFU %':>6} {'fwd+bwd s':>9} {'optim. s':>8} "
