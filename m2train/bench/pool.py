@@ -59,7 +59,6 @@ class Worker:
         if config.site is not None:
             command.append(str(config.site))
         environment = os.environ | {"OMP_NUM_THREADS": str(config.threads), "PYTHONHASHSEED": "0"}
-        environment.pop("PYTHONPATH", None)
         if config.timer == "callgrind":
             prefix = Path(self._scratch.name) / "callgrind"
             command = callgrind.command(prefix) + command

@@ -155,7 +155,7 @@ class _Group:
                     yield self._row(name, phase, cache, "skipped", reason=reason)
                 for name in chosen["impls"]:
                     if name not in good:
-                        numerics = Numerics.model_validate(checked[name]["numerics"])
+                        numerics = Numerics.from_dict(checked[name]["numerics"])
                         yield self._row(name, phase, cache, "refused", reason=numerics.reason, numerics=numerics)
                 yield from self._timed(chosen, phase, cache, good, checked)
 
@@ -195,7 +195,7 @@ class _Group:
             answers.append(answer)
         states = [state for answer in answers for state in answer["gpu"]]
         for name in good:
-            numerics = Numerics.model_validate(checked[name]["numerics"])
+            numerics = Numerics.from_dict(checked[name]["numerics"])
             late = next((answer["stale"][name] for answer in answers if name in answer["stale"]), None)
             if late is not None:
                 numerics.verdict, numerics.reason = "refused", f"after timing: {late}"
@@ -204,7 +204,7 @@ class _Group:
             baseline = chosen["baseline"] if chosen["baseline"] in good else None
             timing = make_timing(name, baseline, answers)
             row = self._row(name, phase, cache, "ok", timing=timing, numerics=numerics)
-            row.memory = Memory.model_validate(checked[name]["memory"])
+            row.memory = Memory.from_dict(checked[name]["memory"])
             moved, flops = chosen["cost"][phase]
             row.physics = physics(
                 moved,
@@ -313,9 +313,9 @@ def _checked(group: _Group) -> Iterator[Row]:
         for name, reason in chosen["skipped"].items():
             yield group._row(name, phase, "warm", "skipped", reason=reason)
         for name, entry in worker.ask("check", phase=phase, impls=chosen["impls"]).items():
-            numerics = Numerics.model_validate(entry["numerics"])
+            numerics = Numerics.from_dict(entry["numerics"])
             status = "ok" if numerics.verdict == "ok" else "refused"
-            memory = Memory.model_validate(entry.get("memory", {}))
+            memory = Memory.from_dict(entry.get("memory", {}))
             yield group._row(name, phase, "warm", status, reason=numerics.reason, numerics=numerics, memory=memory)
 
 

@@ -199,10 +199,10 @@ class Server:
         found = {}
         for name in impls:
             numerics = bench.check(name, phase)
-            entry: dict[str, Any] = {"numerics": numerics.model_dump()}
+            entry: dict[str, Any] = {"numerics": numerics.to_dict()}
             if numerics.verdict == "ok":
                 memory = measure_memory(bench.case, callable_of(bench.case, name), phase, self.device)
-                entry["memory"] = memory.model_dump()
+                entry["memory"] = memory.to_dict()
             found[name] = entry
         return found
 
