@@ -1,8 +1,8 @@
 """Other projects' kernels behind one interface: a callable, or the reason why it is not one.
 
 None of them is installed with m2train. `pip install --no-deps --target DIR ...` and M2BENCH_PEERS=DIR make them known
-to every process of m2bench; DIR comes last on the path, so that nothing in it stands in for what is installed. The pins
-are those that the adapters were written against; none was run on a GPU by the authors.
+to every process of m2bench; DIR comes last on the path: nothing in it stands in for what is installed. The pins are
+those that the adapters were written against; none was run on a GPU by the authors.
 """
 
 from __future__ import annotations
