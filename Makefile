@@ -31,7 +31,8 @@ test-all: $(VENV)/.dev test-triton
 # The Triton kernels in Triton's interpreter, on CPU tensors: a process of its own, for the mode is fixed at import.
 test-triton: $(VENV)/.dev $(TRITON_TEST)/.done
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON_TEST) $(PY) -m pytest -q -k triton \
-	    $(wildcard tests/test_triton_*.py) tests/test_policy_loss.py tests/test_group_advantage.py
+	    $(wildcard tests/test_triton_*.py) tests/test_policy_loss.py tests/test_group_advantage.py \
+	    tests/dist/test_head_tp.py
 
 setup: $(NATIVE)
 

@@ -27,7 +27,7 @@ from triton.runtime import driver
 from m2kernels import _group_advantage_triton as group_advantage
 from m2kernels import _head_triton as head
 from m2kernels import _policy_loss_triton as policy_loss
-from m2kernels._head_kernels import HeadSettings, RowStats, TileStats
+from m2kernels._head_kernels import HeadSettings, RowStats, TileStats, Upstream
 from m2kernels._triton import Launch
 from m2kernels.policy_loss import KINDS, KLS
 
@@ -129,10 +129,11 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def _head_settings(dtype: torch.dtype, rows: int, vocab: int, extras: bool) -> HeadSettings:
+    target = _meta(rows, dtype=torch.int64)
     if not extras:
-        return HeadSettings(bias=None, inv_temperature=1.0, softcap=None, num_valid=vocab)
+        return HeadSettings(target=target, bias=None, inv_temperature=1.0, softcap=None, num_valid=vocab)
     bias = _meta(vocab, dtype=dtype)
-    return HeadSettings(bias=bias, inv_temperature=_meta(rows), softcap=30.0, num_valid=vocab - 7)
+    return HeadSettings(target=target, bias=bias, inv_temperature=_meta(rows), softcap=30.0, num_valid=vocab - 7)
 
 
 def head_forward(dtype: torch.dtype, entropy: bool, keep: bool, extras: bool) -> Launch:
@@ -142,22 +143,21 @@ def head_forward(dtype: torch.dtype, entropy: bool, keep: bool, extras: bool) ->
     settings = _head_settings(dtype, rows, vocab, extras)
     stats = head._new_statistics(hidden, rows, vocab, entropy)
     scratch = _meta(rows, vocab, dtype=dtype) if keep else None
-    target = _meta(rows, dtype=torch.int64)
-    return head.forward_launch(hidden, weight, target, settings, stats, scratch, NUM_SMS)
+    return head.forward_launch(hidden, weight, settings, stats, scratch, NUM_SMS)
 
 
 def head_rows(dtype: torch.dtype, entropy: bool, kept: bool, extras: bool, grad: bool) -> Launch:
     """The row kernels on E, or on logits."""
     rows, vocab = 4096, 152064
-    matrix, target = _meta(rows, vocab, dtype=dtype), _meta(rows, dtype=torch.int64)
+    matrix = _meta(rows, vocab, dtype=dtype)
     settings = _head_settings(dtype, rows, vocab, extras)
     stats = head._new_statistics(matrix, rows, vocab, entropy)
     if not grad:
-        return head.logits_launch(matrix, target, settings, stats)
+        return head.logits_launch(matrix, settings, stats)
     row = RowStats(_meta(rows), _meta(rows), _meta(rows), _meta(rows) if entropy else None)
     anchor = stats.top if kept else None
-    grad_entropy = _meta(rows) if entropy else None
-    return head.grad_launch(matrix, matrix, target, settings, anchor, row, _meta(rows), grad_entropy)
+    upstream = Upstream(_meta(rows), _meta(rows) if entropy else None)
+    return head.grad_launch(matrix, matrix, settings, anchor, row, upstream)
 
 
 def policy_cases() -> Iterator[Case]:

@@ -197,6 +197,7 @@ def test_memory_of_what_is_saved():
     found = measure_memory(case, fn, "both", CPU)
     assert found.saved_for_backward == 40 * 3 * 4  # exp keeps its result; inputs do not count
     assert found.peak is None or found.peak >= 0
+    assert found.results == 40 * 4 + 40 * 3 * 4  # the result and the gradient
 
 
 def test_slow_start_is_called_like_a_function():

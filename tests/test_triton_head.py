@@ -1,7 +1,10 @@
 """The Triton head under the interpreter: float64 oracle, hostile inputs, invariance to the bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import test_linear_policy_loss as policy
 from kernel_testing import assert_kernel
 from triton_head_cases import (
     HeadCase,
@@ -82,11 +85,11 @@ def test_merge_equals_torch_on_hostile_tiles():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_do_not_depend_on_the_batch(dtype):
     case = make_case(dtype, 150, 72, 650)
-    s = case.settings
-    whole, _ = head().forward(case.hidden, case.weight, case.target, s, entropy=True, keep=True)
+    whole, _ = head().forward(case.hidden, case.weight, case.settings, entropy=True, keep=True)
     order = torch.randperm(150, generator=torch.Generator().manual_seed(1))
     for rows in (order, order[:7], torch.tensor([149]), torch.tensor([3, 3])):
-        part, kept = head().forward(case.hidden[rows], case.weight, case.target[rows], s, entropy=True, keep=False)
+        one = case.pick(rows)
+        part, kept = head().forward(one.hidden, one.weight, one.settings, entropy=True, keep=False)
         assert kept is None
         for whole_field, field in zip(whole, part, strict=True):
             assert torch.equal(whole_field[rows], field)
@@ -95,13 +98,13 @@ def test_rows_do_not_depend_on_the_batch(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shards_cut_at_a_tile_give_the_same_tiles(dtype):
     case = make_case(dtype, 20, 72, 650)
-    whole, _ = head().forward(case.hidden, case.weight, case.target, case.settings, entropy=True, keep=False)
+    whole, _ = head().forward(case.hidden, case.weight, case.settings, entropy=True, keep=False)
     tops = []
     for start, end in ((0, 128), (128, 512), (512, 650)):
         held = (case.target >= start) & (case.target < end)
-        settings = HeadSettings(bias=None, inv_temperature=1.0, softcap=None, num_valid=end - start)
         target = torch.where(held, case.target - start, -1)
-        part, _ = head().forward(case.hidden, case.weight[start:end], target, settings, entropy=True, keep=False)
+        settings = replace(case.settings, target=target, num_valid=end - start)
+        part, _ = head().forward(case.hidden, case.weight[start:end], settings, entropy=True, keep=False)
         tops.append(torch.stack(part[1:]))
         assert torch.equal(part.z_target[held], whole.z_target[held])
     assert torch.equal(torch.cat(tops, 2), torch.stack(whole[1:]))
@@ -109,31 +112,32 @@ def test_shards_cut_at_a_tile_give_the_same_tiles(dtype):
 
 def test_nan_stays_in_its_row_and_zero_gradients_hide_it():
     case = make_case(torch.float32, 10, 64, 256)
-    clean, _ = head().forward(case.hidden, case.weight, case.target, case.settings, entropy=True, keep=False)
+    clean, _ = head().forward(case.hidden, case.weight, case.settings, entropy=True, keep=False)
     case.hidden[4, 3] = float("nan")
-    stats, kept = head().forward(case.hidden, case.weight, case.target, case.settings, entropy=True, keep=True)
+    stats, kept = head().forward(case.hidden, case.weight, case.settings, entropy=True, keep=True)
     others = torch.arange(10) != 4
     for before, after in zip(clean, stats, strict=True):
         assert torch.equal(before[others], after[others])
     assert stats.total[4].isnan().all()
     case.grad_logp[4] = case.grad_entropy[4] = 0.0
     rows = oracle_rows(make_case(torch.float32, 10, 64, 256))
-    dz = head().grad(kept, case.target, case.settings, rows, case.grad_logp, case.grad_entropy)
+    dz = head().grad(kept, case.settings, rows, case.upstream)
     assert not dz.isnan().any() and not dz[4].any()
 
 
 def test_nothing_to_do_and_unaligned_views():
     case = make_case(torch.bfloat16, 5, 64, 256)
-    stats, _ = head().forward(case.hidden[:0], case.weight, case.target[:0], case.settings, entropy=True, keep=True)
+    empty = case.pick(torch.arange(0))
+    stats, _ = head().forward(empty.hidden, case.weight, empty.settings, entropy=True, keep=True)
     assert [x.shape for x in stats] == [(0,), (0, 2), (0, 2), (0, 2)]
-    none = HeadSettings(bias=None, inv_temperature=1.0, softcap=None, num_valid=0)
-    stats, kept = head().forward(case.hidden, case.weight[:0], case.target - 999, none, entropy=False, keep=True)
+    none = replace(case.settings, target=torch.full((5,), -1), num_valid=0)
+    stats, kept = head().forward(case.hidden, case.weight[:0], none, entropy=False, keep=True)
     assert stats.top.shape == (5, 0) and kept.scratch.shape == (5, 0)
-    want, _ = head().forward(case.hidden, case.weight, case.target, case.settings, entropy=False, keep=False)
+    want, _ = head().forward(case.hidden, case.weight, case.settings, entropy=False, keep=False)
     flat = torch.empty(256 * 64 + 1, dtype=torch.bfloat16)
     shifted = flat[1:].view(256, 64)
     shifted.copy_(case.weight)
-    got, _ = head().forward(case.hidden, shifted, case.target, case.settings, entropy=False, keep=False)
+    got, _ = head().forward(case.hidden, shifted, case.settings, entropy=False, keep=False)
     assert torch.equal(got.total, want.total)
 
 
@@ -145,14 +149,14 @@ def test_logits(dtype):
     logits = wide[:, :650]
     logits.copy_(case.hidden @ case.weight.t())
     temperature = 0.5 + torch.rand(37)
-    settings = HeadSettings(bias=None, inv_temperature=temperature, softcap=15.0, num_valid=650)
+    settings = HeadSettings(target=case.target, bias=None, inv_temperature=temperature, softcap=15.0, num_valid=650)
     same = HeadCase(
-        hidden=logits.clone(), weight=torch.eye(650, dtype=dtype), target=case.target, settings=settings,
+        hidden=logits.clone(), weight=torch.eye(650, dtype=dtype), settings=settings,
         grad_logp=case.grad_logp, grad_entropy=case.grad_entropy,
     )  # fmt: skip
-    check_statistics(head(), same, head().tile_stats(logits, case.target, settings, entropy=True), eps=1e-6)
+    check_statistics(head(), same, head().tile_stats(logits, settings, entropy=True), eps=1e-6)
     rows = oracle_rows(same)
-    dz = head().logits_grad(logits, case.target, settings, rows, case.grad_logp, case.grad_entropy)
+    dz = head().logits_grad(logits, settings, rows, case.upstream)
     check_gradient(same, dz, eps=1e-6)
 
 
@@ -214,9 +218,10 @@ def test_linear_logprob_end_to_end(dtype):
     plain = run_op(case, rows, target, backend="torch")
     s = case.settings
     picked = HeadCase(
-        hidden=case.hidden[rows], weight=case.weight, target=target,
+        hidden=case.hidden[rows], weight=case.weight,
         settings=HeadSettings(
-            bias=s.bias, inv_temperature=s.inv_temperature[rows], softcap=s.softcap, num_valid=s.num_valid
+            target=target, bias=s.bias, inv_temperature=s.inv_temperature[rows], softcap=s.softcap,
+            num_valid=s.num_valid,
         ),
         grad_logp=case.grad_logp[rows], grad_entropy=case.grad_entropy[rows],
     )  # fmt: skip
@@ -271,3 +276,65 @@ def test_linear_policy_loss_end_to_end():
         results.append((out.loss.detach(), out.logp, hidden.grad, weight.grad))
     for triton_value, torch_value in zip(*results, strict=True):
         torch.testing.assert_close(triton_value, torch_value, rtol=2e-2, atol=2e-3)
+
+
+# ---- The matrix of the C++ kernels' tests, end to end.
+@pytest.mark.parametrize(
+    ("vocab", "depth", "lengths", "dtype"),
+    [
+        (128, 64, [9, 20], torch.bfloat16),
+        (50257, 32, [3, 2], torch.bfloat16),
+        (49152, 40, [3, 2], torch.float32),
+        (151936, 16, [2, 1], torch.bfloat16),
+        (300, 32, [1], torch.float32),
+    ],
+    ids=str,
+)
+def test_vocabularies(vocab, depth, lengths, dtype):
+    leaves, case = policy.head_case(vocab, depth, lengths, dtype)
+    policy.assert_loss(leaves, case, mk.LossSpec(entropy_coef=0.1), "triton")
+
+
+@pytest.mark.parametrize("kind", ["gspo", "cispo"])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_policy_losses(kind, dtype):
+    leaves, case = policy.head_case(300, 32, [9, 14, 1], dtype)
+    policy.assert_loss(leaves, case, mk.LossSpec(kind=kind), "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_large_logits_and_a_common_offset(dtype):
+    leaves, case = policy.head_case(300, 32, [9, 14], dtype, scale=12.0, offset=1000.0)
+    policy.assert_loss(leaves, case, mk.LossSpec(kind="cispo"), "triton")
+
+
+def test_confident_tokens_are_exact():
+    # Integer logits, the target ahead by 9 to 60: |logp| from 1e-2 to 1e-24.
+    lead = torch.arange(9, 61).float()
+    hidden = torch.zeros(len(lead), 4)
+    hidden[:, 0], hidden[:, 1] = lead, 1.0
+    weight = torch.zeros(64, 4)
+    weight[5, 0] = 1.0
+    weight[:, 1] = 1000.0 - torch.arange(64) % 3 * (torch.arange(64) != 5)
+    out = mk.linear_logprob(hidden, weight, torch.full((len(lead),), 5), backend="triton")
+    z = hidden.double() @ weight.double().T
+    others = (z - z[:, 5:6]).exp()
+    others[:, 5] = 0
+    exact = -others.sum(dim=1).log1p()
+    assert float(exact.abs().max()) < 1e-2
+    assert float(((out.logp.double() - exact) / exact).abs().max()) <= 1e-6
+
+
+def test_no_rows_no_gradient_and_layouts():
+    hidden, weight = torch.randn(7, 32, requires_grad=True), torch.randn(300, 32, requires_grad=True)
+    none = torch.empty(0, dtype=torch.int32)
+    out = mk.linear_logprob(hidden, weight, none, rows=none, entropy=True, backend="triton")
+    assert out.logp.shape == out.entropy.shape == (0,)
+    assert not any(g.any() for g in torch.autograd.grad(out.logp.sum() + out.entropy.sum(), [hidden, weight]))
+    target = torch.arange(7)
+    out = mk.linear_logprob(hidden, weight, target, backend="triton")
+    assert not any(g.any() for g in torch.autograd.grad(out.logp, [hidden, weight], torch.zeros(7)))
+    strided = torch.stack([hidden.detach(), hidden.detach()], dim=2)[:, :, 0]
+    across = weight.detach().t().contiguous().t()
+    assert not strided.is_contiguous() and not across.is_contiguous()
+    assert torch.equal(mk.linear_logprob(strided, across, target.int(), backend="triton").logp, out.logp)

@@ -10,7 +10,7 @@ import torch
 from kernel_testing import assert_kernel
 from torch import Tensor
 
-from m2kernels._head_kernels import HeadSettings, RowStats, TileStats
+from m2kernels._head_kernels import HeadSettings, RowStats, TileStats, Upstream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,15 +19,34 @@ class HeadCase:
 
     hidden: Tensor
     weight: Tensor
-    target: Tensor
     settings: HeadSettings
     grad_logp: Tensor
     grad_entropy: Tensor | None
+
+    @property
+    def target(self) -> Tensor:
+        return self.settings.target
+
+    @property
+    def upstream(self) -> Upstream:
+        return Upstream(self.grad_logp, self.grad_entropy)
+
+    def pick(self, rows: Tensor) -> "HeadCase":
+        """Some rows, in any order; for settings that are the same for all rows."""
+        assert not isinstance(self.settings.inv_temperature, Tensor)
+        return replace(
+            self,
+            hidden=self.hidden[rows],
+            settings=replace(self.settings, target=self.target[rows]),
+            grad_logp=self.grad_logp[rows],
+            grad_entropy=None if self.grad_entropy is None else self.grad_entropy[rows],
+        )
 
     def to(self, device: str) -> "HeadCase":
         s = self.settings
         settings = replace(
             s,
+            target=s.target.to(device),
             bias=None if s.bias is None else s.bias.to(device),
             inv_temperature=s.inv_temperature.to(device)
             if isinstance(s.inv_temperature, Tensor)
@@ -49,7 +68,7 @@ def make_case(dtype, rows, dim, vocab, *, entropy=True, extras=False, scale=3.0,
     target = torch.randint(0, vocab - 9, (rows,), generator=g)
     target[: rows // 3] = (hidden[: rows // 3].float() @ weight[: vocab - 9].float().t()).argmax(1)  # confident
     target[-1] = -1  # another shard's
-    settings = HeadSettings(bias=None, inv_temperature=1.0, softcap=None, num_valid=vocab)
+    settings = HeadSettings(target=target, bias=None, inv_temperature=1.0, softcap=None, num_valid=vocab)
     if extras:
         weight[vocab - 9 :] = float("nan")
         bias = torch.randn(vocab, generator=g).to(dtype)
@@ -57,15 +76,15 @@ def make_case(dtype, rows, dim, vocab, *, entropy=True, extras=False, scale=3.0,
         bias[1] = -torch.inf  # a banned id
         target[target == 1] = 2
         temperature = 0.5 + torch.rand(rows, generator=g)
-        settings = HeadSettings(bias=bias, inv_temperature=temperature, softcap=20.0, num_valid=vocab - 9)
+        settings = HeadSettings(
+            target=target, bias=bias, inv_temperature=temperature, softcap=20.0, num_valid=vocab - 9
+        )
     grad = torch.randn(rows, generator=g)
     grad_entropy = torch.randn(rows, generator=g) if entropy else None
     grad[1] = 0.0
     if grad_entropy is not None:
         grad_entropy[1] = 0.0
-    return HeadCase(
-        hidden=hidden, weight=weight, target=target, settings=settings, grad_logp=grad, grad_entropy=grad_entropy
-    )
+    return HeadCase(hidden=hidden, weight=weight, settings=settings, grad_logp=grad, grad_entropy=grad_entropy)
 
 
 def answer(case: HeadCase, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,10 +122,10 @@ def merged(kernels, stats: TileStats, target: Tensor) -> RowStats:
 def check_head(kernels, case: HeadCase, eps: float = 1e-6) -> None:
     """Forward and gradient of `kernels` on the case's device against float64."""
     entropy = case.grad_entropy is not None
-    stats, kept = kernels.forward(case.hidden, case.weight, case.target, case.settings, entropy=entropy, keep=True)
+    stats, kept = kernels.forward(case.hidden, case.weight, case.settings, entropy=entropy, keep=True)
     check_statistics(kernels, case, stats, eps)
     rows = oracle_rows(case)
-    dz = kernels.grad(kept, case.target, case.settings, rows, case.grad_logp, case.grad_entropy)
+    dz = kernels.grad(kept, case.settings, rows, case.upstream)
     check_gradient(case, dz, eps)
 
 

@@ -72,7 +72,7 @@ void head_tiles_cpu(const HeadGemm& gemm, bool dot);
 void head_lanes_cpu(HeadLaneGrad grad, const HeadLogits& rows, const HeadGradArgs& args,
                     const int64_t* live, int64_t lanes);
 void head_dx_cpu(const HeadProduct& product);
-void head_dw_cpu(const HeadProduct& product);
+void head_dw_cpu(HeadProduct product);
 void head_stats_cpu(const HeadLogits& logits, const HeadTileOut& out);
 void head_grad_cpu(const HeadLogits& logits, const HeadGradArgs& args);
 // z_target [rows], tiles [rows, tiles.count] -> out: log_norm, log_norm_low, logp, entropy, each

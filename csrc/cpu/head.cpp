@@ -7,6 +7,10 @@
 #include <limits>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "cpu_kernels.h"
 
 namespace m2k {
@@ -66,6 +70,21 @@ void for_each_packed(const HeadRows& h, int64_t groups, const Fn& fn) {
       }
     }
   });
+}
+
+// Maps the pages of a new matrix before they are written, many at once: a fault each would take half
+// as long again. (Large pages would be faster still where memory is not fragmented, and far slower
+// where it is.) A kernel before 5.14 refuses, and nothing is lost.
+void populate(float* data, int64_t count) {
+#if defined(__linux__)
+  constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE; headers may be older than the kernel
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t last = reinterpret_cast<uintptr_t>(data + count) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, kPopulateWrite);
+#else
+  (void)data, (void)count;
+#endif
 }
 
 // What the gradient needs of each lane, filled up with lanes that have none.
@@ -167,9 +186,29 @@ void head_dx_cpu(const HeadProduct& p) {
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t b, int64_t e) { cpu_kernels().head_dx(p, b, e); });
 }
 
-void head_dw_cpu(const HeadProduct& p) {
+void head_dw_cpu(HeadProduct p) {
+  const int64_t strips = (p.depth + kProductLanes - 1) / kProductLanes;
+  std::vector<float> packed(static_cast<size_t>(strips * kProductLanes * p.rows));
+  torch::stable::parallel_for(0, strips, 1, [&](int64_t b, int64_t e) {
+    for (int64_t s = b; s < e; ++s) {
+      const int64_t column = s * kProductLanes;
+      const int64_t lanes = std::min(kProductLanes, p.depth - column);
+      for (int64_t row = 0; row < p.rows; ++row) {
+        std::copy_n(p.other + row * p.other_stride + column, lanes,
+                    packed.data() + (s * p.rows + row) * kProductLanes);
+      }
+    }
+  });
+  p.other = packed.data();
   const int64_t tiles = (p.vocab + kHeadTile - 1) / kHeadTile;
-  torch::stable::parallel_for(0, tiles, 1, [&](int64_t b, int64_t e) { cpu_kernels().head_dw(p, b, e); });
+  torch::stable::parallel_for(0, tiles, 1, [&](int64_t b, int64_t e) {
+    for (int64_t tile = b; tile < e; ++tile) {
+      const int64_t first = tile * kHeadTile;
+      const int64_t count = std::min<int64_t>(kHeadTile, p.vocab - first);
+      if (!p.add) populate(p.out + first * p.out_stride, count * p.out_stride);
+      cpu_kernels().head_dw(p, tile, tile + 1);
+    }
+  });
 }
 
 void head_stats_cpu(const HeadLogits& logits, const HeadTileOut& out) {

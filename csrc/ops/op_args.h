@@ -175,7 +175,7 @@ struct HeadProduct {
   int64_t vocab;
   int64_t rows;
   int64_t depth;       // a multiple of 16
-  const float* other;  // W [vocab, depth], or X [rows, depth]
+  const float* other;  // W [vocab, depth], or X [rows, depth] (head_dw: strips of kProductLanes columns)
   int64_t other_stride;
   float* out;  // dX [rows, depth], or dW [vocab, depth]
   int64_t out_stride;

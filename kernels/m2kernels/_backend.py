@@ -1,9 +1,19 @@
 """Choosing a backend: one predicate per op answers for dispatch, tests and the doctor."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 BACKENDS = ("cuda", "cpu", "triton", "torch")
 """In the order in which ``auto`` tries them."""
+
+
+_Fn = TypeVar("_Fn", bound=Callable[..., object])
+
+
+def constant_when_compiled(fn: _Fn) -> _Fn:
+    """`torch.compiler.assume_constant_result`, less its import of the compiler, which takes seconds."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
 
 
 def choose_backend(

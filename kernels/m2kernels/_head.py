@@ -80,13 +80,11 @@ class Chunk(NamedTuple):
 
     Attributes:
         hidden: [C, D] in the GEMM's dtype.
-        target: int64 [C], local column or -1.
         settings: for the kernels.
         positions: rows of the problem's hidden that these are: a slice, or int [C].
     """
 
     hidden: torch.Tensor
-    target: torch.Tensor
     settings: HeadSettings
     positions: slice | torch.Tensor
 
@@ -212,17 +210,21 @@ class Head:
         index = part if p.rows is None else p.rows[part]
         hidden = self.hidden[index] if isinstance(index, slice) else self.hidden.index_select(0, index)
         inverse = 1.0 / p.temperature if p.temperatures is None else p.temperatures[part].float().reciprocal()
-        settings = HeadSettings(bias=self.bias, inv_temperature=inverse, softcap=p.softcap, num_valid=self.num_valid)
-        return Chunk(hidden.to(p.dtype).contiguous(), self.target[part], settings, index)
+        settings = HeadSettings(
+            target=self.target[part],
+            bias=self.bias,
+            inv_temperature=inverse,
+            softcap=p.softcap,
+            num_valid=self.num_valid,
+        )
+        return Chunk(hidden.to(p.dtype).contiguous(), settings, index)
 
     def statistics(self, chunk: Chunk, *, entropy: bool, keep: bool) -> tuple[RowStats, Any]:
         """Forward of a chunk, over the whole vocabulary; with `keep` also the scratch of its gradient."""
         self.widest()
         assert self.vocab is not None
-        stats, kept = self.kernels.forward(
-            chunk.hidden, self.weight, chunk.target, chunk.settings, entropy=entropy, keep=keep
-        )
-        return self.vocab.merge(stats, chunk.target), kept
+        stats, kept = self.kernels.forward(chunk.hidden, self.weight, chunk.settings, entropy=entropy, keep=keep)
+        return self.vocab.merge(stats, chunk.settings.target), kept
 
 
 class HeadGrads:

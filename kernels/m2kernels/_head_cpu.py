@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from m2kernels._head_kernels import HeadKernels, HeadSettings, RowStats, TileStats
+from m2kernels._head_kernels import HeadKernels, HeadSettings, RowStats, TileStats, Upstream
 from m2kernels._native import CPU_ERROR
 
 _ops = torch.ops.m2kernels
@@ -33,18 +33,17 @@ if CPU_ERROR is None:
 
 
 def _columns(settings: HeadSettings) -> tuple[Any, ...]:
-    """The settings as arguments of the ops."""
+    """The settings as arguments of the ops: target, bias, temperatures, temperature, cap, num_valid."""
     inverse = settings.inv_temperature
     bias = None if settings.bias is None else settings.bias.float()
     cap = settings.softcap or 0.0
     if isinstance(inverse, torch.Tensor):
-        return bias, inverse, 1.0, cap, settings.num_valid
-    return bias, None, inverse, cap, settings.num_valid
+        return settings.target, bias, inverse, 1.0, cap, settings.num_valid
+    return settings.target, bias, None, inverse, cap, settings.num_valid
 
 
-def _dense(rows: RowStats, grad_logp: torch.Tensor, grad_entropy: torch.Tensor | None) -> list[torch.Tensor | None]:
-    given = rows.log_norm, rows.log_norm_low, rows.logp, rows.entropy, grad_logp, grad_entropy
-    return [None if x is None else x.contiguous() for x in given]
+def _dense(rows: RowStats, upstream: Upstream) -> list[torch.Tensor | None]:
+    return [None if x is None else x.contiguous() for x in (*rows, *upstream)]
 
 
 class CpuHead(HeadKernels):
@@ -61,7 +60,6 @@ class CpuHead(HeadKernels):
         self,
         hidden: torch.Tensor,
         weight: torch.Tensor,
-        target: torch.Tensor,
         settings: HeadSettings,
         *,
         entropy: bool,
@@ -72,21 +70,18 @@ class CpuHead(HeadKernels):
         tiles = -(-weight.shape[0] // self.tile)
         stats = hidden.new_empty(3 if entropy else 2, tiles, lanes, dtype=torch.float32)
         z_target = hidden.new_zeros(lanes, dtype=torch.float32)
-        kept = self._multiply(hidden, weight, target, settings, z_target, stats, keep=keep)
+        kept = self._multiply(hidden, weight, settings, z_target, stats, keep=keep)
         top, total, *moment = stats[:, :, :rows].transpose(1, 2)
         return TileStats(z_target[:rows], top, total, moment[0] if moment else None), kept
 
-    def recompute(
-        self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, settings: HeadSettings
-    ) -> Any:
+    def recompute(self, hidden: torch.Tensor, weight: torch.Tensor, settings: HeadSettings) -> Any:
         """See :meth:`HeadKernels.recompute`."""
-        return self._multiply(hidden, weight, target, settings, None, None, keep=True)
+        return self._multiply(hidden, weight, settings, None, None, keep=True)
 
     def _multiply(
         self,
         hidden: torch.Tensor,
         weight: torch.Tensor,
-        target: torch.Tensor,
         settings: HeadSettings,
         z_target: torch.Tensor | None,
         stats: torch.Tensor | None,
@@ -95,36 +90,24 @@ class CpuHead(HeadKernels):
     ) -> tuple[torch.Tensor, torch.dtype] | None:
         lanes = -(-hidden.shape[0] // _LANES) * _LANES
         kept = hidden.new_empty(weight.shape[0], lanes, dtype=torch.float32) if keep else None
-        columns = _columns(settings)
-        _ops.head_tiles(hidden, weight, target, *columns, z_target, stats, kept)
+        _ops.head_tiles(hidden, weight, *_columns(settings), z_target, stats, kept)
         return None if kept is None else (kept, weight.dtype)
 
     def grad_rows(
-        self,
-        kept: Any,
-        target: torch.Tensor,
-        settings: HeadSettings,
-        rows: RowStats,
-        grad_logp: torch.Tensor,
-        grad_entropy: torch.Tensor | None,
-        live: torch.Tensor | None,
+        self, kept: Any, settings: HeadSettings, rows: RowStats, upstream: Upstream, live: torch.Tensor | None
     ) -> torch.Tensor:
         """See :meth:`HeadKernels.grad_rows`; in the memory of the logits, the transpose of a dense matrix."""
         logits, dtype = kept
-        columns = _columns(settings)
         narrow = dtype == torch.bfloat16
-        _ops.head_lanes(logits, narrow, target, *columns, *_dense(rows, grad_logp, grad_entropy), live)
-        return logits.view(dtype)[:, : target.shape[0] if live is None else live.shape[0]].t()
+        _ops.head_lanes(logits, narrow, *_columns(settings), *_dense(rows, upstream), live)
+        return logits.view(dtype)[:, : len(settings.target if live is None else live)].t()
 
     def hidden_grad(self, dz: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See :meth:`HeadKernels.hidden_grad`; torch's GEMM is as fast for bfloat16."""
         if dz.dtype != torch.float32 or weight.shape[1] % _LANES:
             return super().hidden_grad(dz, weight)
-        out = (
-            dz.new_empty(dz.shape[0], weight.shape[1])
-            if weight.shape[0]
-            else dz.new_zeros(dz.shape[0], weight.shape[1])
-        )
+        new = dz.new_empty if weight.shape[0] else dz.new_zeros  # an empty sum is zero
+        out = new(dz.shape[0], weight.shape[1])
         _ops.head_dx(dz.t(), weight, out)
         return out
 
@@ -143,29 +126,20 @@ class CpuHead(HeadKernels):
         out = _ops.head_merge(stats.z_target, stats.top.contiguous(), stats.total.contiguous(), moment)
         return RowStats(out[0], out[1], out[2], None if moment is None else out[3])
 
-    def tile_stats(
-        self, logits: torch.Tensor, target: torch.Tensor, settings: HeadSettings, *, entropy: bool
-    ) -> TileStats:
+    def tile_stats(self, logits: torch.Tensor, settings: HeadSettings, *, entropy: bool) -> TileStats:
         """Statistics of logits [C, Vl] that are there already."""
         rows, width = logits.shape
         stats = logits.new_empty(3 if entropy else 2, rows, -(-width // self.tile), dtype=torch.float32)
         z_target = logits.new_zeros(rows, dtype=torch.float32)
         top, total, *rest = stats
         moment = rest[0] if rest else None
-        _ops.head_stats(logits, target, *_columns(settings), z_target, top, total, moment)
+        _ops.head_stats(logits, *_columns(settings), z_target, top, total, moment)
         return TileStats(z_target, top, total, moment)
 
     def logits_grad(
-        self,
-        logits: torch.Tensor,
-        target: torch.Tensor,
-        settings: HeadSettings,
-        rows: RowStats,
-        grad_logp: torch.Tensor,
-        grad_entropy: torch.Tensor | None,
+        self, logits: torch.Tensor, settings: HeadSettings, rows: RowStats, upstream: Upstream
     ) -> torch.Tensor:
         """Gradient of logits [C, Vl] (before bias, cap and temperature), a new tensor of their dtype."""
         out = logits.new_empty(logits.shape)
-        columns = _columns(settings)
-        _ops.head_grad(logits, out, target, *columns, *_dense(rows, grad_logp, grad_entropy))
+        _ops.head_grad(logits, out, *_columns(settings), *_dense(rows, upstream))
         return out

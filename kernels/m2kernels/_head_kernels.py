@@ -20,15 +20,17 @@ _DEPTH_BLOCK = 2048  # vocabulary entries summed in one GEMM
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadSettings:
-    """What the kernels need to know about this shard of the vocabulary.
+    """What the kernels need to know about the rows of a chunk and this shard of the vocabulary.
 
     Attributes:
+        target: int64 [C], local column, or -1 where another rank holds it.
         bias: [Vl] of any float dtype, or None.
         inv_temperature: scalar, or f32[C] for the rows of the chunk.
         softcap: None or over 0; applied before the temperature.
         num_valid: columns from here on are padding and get no mass.
     """
 
+    target: torch.Tensor
     bias: torch.Tensor | None
     inv_temperature: float | torch.Tensor
     softcap: float | None
@@ -72,6 +74,18 @@ class RowStats(NamedTuple):
     entropy: torch.Tensor | None
 
 
+class Upstream(NamedTuple):
+    """Gradients of the loss in the results of a chunk.
+
+    Attributes:
+        logp: f32[C].
+        entropy: f32[C], or None; then RowStats.entropy is not needed.
+    """
+
+    logp: torch.Tensor
+    entropy: torch.Tensor | None = None
+
+
 class HeadKernels:
     """Base of the backends. `forward`, and `grad` or `grad_rows`, must be there; the rest has a default.
 
@@ -93,7 +107,6 @@ class HeadKernels:
         self,
         hidden: torch.Tensor,
         weight: torch.Tensor,
-        target: torch.Tensor,
         settings: HeadSettings,
         *,
         entropy: bool,
@@ -104,64 +117,42 @@ class HeadKernels:
         Args:
             hidden: [C, D], of the weight's dtype; C is at least 1.
             weight: [Vl, D], rows contiguous; Vl may be 0.
-            target: int64 [C], local column, or -1 where another rank holds it.
             settings: of this shard and chunk.
             entropy: also measure `moment`.
             keep: also return a scratch for :meth:`grad`, else None.
         """
         raise NotImplementedError
 
-    def recompute(
-        self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, settings: HeadSettings
-    ) -> Any:
+    def recompute(self, hidden: torch.Tensor, weight: torch.Tensor, settings: HeadSettings) -> Any:
         """The scratch of :meth:`forward` alone; need not be equal to it to the bit."""
-        return self.forward(hidden, weight, target, settings, entropy=False, keep=True)[1]
+        return self.forward(hidden, weight, settings, entropy=False, keep=True)[1]
 
-    def grad(
-        self,
-        kept: Any,
-        target: torch.Tensor,
-        settings: HeadSettings,
-        rows: RowStats,
-        grad_logp: torch.Tensor,
-        grad_entropy: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def grad(self, kept: Any, settings: HeadSettings, rows: RowStats, upstream: Upstream) -> torch.Tensor:
         """d loss / d raw, [C, Vl] in the weight's dtype; may be made in the memory of `kept`.
 
         Args:
             kept: the scratch of this chunk; used up by this call.
-            target: as in :meth:`forward`.
             settings: as in :meth:`forward`.
             rows: statistics over the whole vocabulary.
-            grad_logp: f32[C].
-            grad_entropy: f32[C] or None; then rows.entropy is not needed.
+            upstream: what reaches the chunk.
 
         A row whose gradients are both zero gives zeros.
         """
         raise NotImplementedError
 
     def grad_rows(
-        self,
-        kept: Any,
-        target: torch.Tensor,
-        settings: HeadSettings,
-        rows: RowStats,
-        grad_logp: torch.Tensor,
-        grad_entropy: torch.Tensor | None,
-        live: torch.Tensor | None,
+        self, kept: Any, settings: HeadSettings, rows: RowStats, upstream: Upstream, live: torch.Tensor | None
     ) -> torch.Tensor:
         """:meth:`grad` of the rows `live` alone: [L, Vl], of any strides.
 
         Args:
             kept: as there, and so on.
-            target: [C].
             settings: of the chunk.
             rows: of the chunk.
-            grad_logp: f32[C].
-            grad_entropy: f32[C] or None.
+            upstream: of the chunk.
             live: int64 [L], ascending rows of the chunk; None: all of them.
         """
-        dz = self.grad(kept, target, settings, rows, grad_logp, grad_entropy)
+        dz = self.grad(kept, settings, rows, upstream)
         if live is None:
             return dz
         if dz.is_cuda:
@@ -191,29 +182,27 @@ class HeadKernels:
         if total.dtype == dz.dtype:
             total.addmm_(dz.t(), hidden, beta=0.0 if first else 1.0, alpha=scale)
             return
+        if dz.is_cuda:  # the product is never rounded, and the sum is the GEMM's own: no pass over it
+            if first:
+                torch.mm(dz.t(), hidden, out_dtype=torch.float32, out=total)
+            else:
+                torch.addmm(total, dz.t(), hidden, out_dtype=torch.float32, alpha=scale, out=total)
+            return
         step = max(_GRAD_BLOCK_BYTES // (hidden.shape[1] * 4), 1)
         for start in range(0, dz.shape[1], step):
             block, part = dz[:, start : start + step].t(), total[start : start + step]
-            product = torch.mm(block, hidden, out_dtype=torch.float32) if dz.is_cuda else torch.mm(block, hidden)
+            product = torch.mm(block, hidden)
             if first:
                 part.copy_(product)
             else:
                 part.add_(product, alpha=scale)
 
-    def tile_stats(
-        self, logits: torch.Tensor, target: torch.Tensor, settings: HeadSettings, *, entropy: bool
-    ) -> TileStats:
+    def tile_stats(self, logits: torch.Tensor, settings: HeadSettings, *, entropy: bool) -> TileStats:
         """Statistics of logits [C, Vl], rows dense, that a caller brings; only for the op logprob."""
         raise NotImplementedError
 
     def logits_grad(
-        self,
-        logits: torch.Tensor,
-        target: torch.Tensor,
-        settings: HeadSettings,
-        rows: RowStats,
-        grad_logp: torch.Tensor,
-        grad_entropy: torch.Tensor | None,
+        self, logits: torch.Tensor, settings: HeadSettings, rows: RowStats, upstream: Upstream
     ) -> torch.Tensor:
         """d loss / d logits, a new tensor of their dtype; only for the op logprob."""
         raise NotImplementedError

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from m2kernels._head_kernels import HeadKernels, HeadSettings, RowStats, TileStats
+from m2kernels._head_kernels import HeadKernels, HeadSettings, RowStats, TileStats, Upstream
 
 
 def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -35,6 +35,11 @@ def _inverse(settings: HeadSettings) -> float | torch.Tensor:
     return inverse[:, None] if isinstance(inverse, torch.Tensor) else inverse
 
 
+def _targets(settings: HeadSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """[C, 1]: column of the target, 0 where another rank holds it, and whether it is here."""
+    return settings.target.clamp(min=0)[:, None], (settings.target >= 0)[:, None]
+
+
 class TorchHead(HeadKernels):
     """Backend ``torch``."""
 
@@ -44,7 +49,6 @@ class TorchHead(HeadKernels):
         self,
         hidden: torch.Tensor,
         weight: torch.Tensor,
-        target: torch.Tensor,
         settings: HeadSettings,
         *,
         entropy: bool,
@@ -52,37 +56,24 @@ class TorchHead(HeadKernels):
     ) -> tuple[TileStats, Any]:
         """See :meth:`HeadKernels.forward`; the scratch is the logits and the weight's dtype."""
         logits = head_logits(hidden, weight)
-        stats = self.tile_stats(logits, target, settings, entropy=entropy)
+        stats = self.tile_stats(logits, settings, entropy=entropy)
         return stats, (logits, weight.dtype) if keep else None
 
-    def recompute(
-        self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, settings: HeadSettings
-    ) -> Any:
+    def recompute(self, hidden: torch.Tensor, weight: torch.Tensor, settings: HeadSettings) -> Any:
         """See :meth:`HeadKernels.recompute`."""
         return head_logits(hidden, weight), weight.dtype
 
-    def grad(
-        self,
-        kept: Any,
-        target: torch.Tensor,
-        settings: HeadSettings,
-        rows: RowStats,
-        grad_logp: torch.Tensor,
-        grad_entropy: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def grad(self, kept: Any, settings: HeadSettings, rows: RowStats, upstream: Upstream) -> torch.Tensor:
         """See :meth:`HeadKernels.grad`."""
         logits, dtype = kept
-        return self.logits_grad(logits, target, settings, rows, grad_logp, grad_entropy).to(dtype)
+        return self.logits_grad(logits, settings, rows, upstream).to(dtype)
 
-    def tile_stats(
-        self, logits: torch.Tensor, target: torch.Tensor, settings: HeadSettings, *, entropy: bool
-    ) -> TileStats:
+    def tile_stats(self, logits: torch.Tensor, settings: HeadSettings, *, entropy: bool) -> TileStats:
         """Statistics of logits [C, Vl] that are there already."""
         z = _capped(logits, settings) * _inverse(settings)
         z[:, settings.num_valid :] = -torch.inf
         rows, width = z.shape
-        column = target.clamp(min=0)[:, None]
-        held = (target >= 0)[:, None]
+        column, held = _targets(settings)
         if width == 0:
             empty = z.new_empty(rows, 0)
             return TileStats(z.new_zeros(rows), empty, empty, empty if entropy else None)
@@ -100,13 +91,7 @@ class TorchHead(HeadKernels):
         return TileStats(own[:, 0], top, e.sum(dim=2), moment)
 
     def logits_grad(
-        self,
-        logits: torch.Tensor,
-        target: torch.Tensor,
-        settings: HeadSettings,
-        rows: RowStats,
-        grad_logp: torch.Tensor,
-        grad_entropy: torch.Tensor | None,
+        self, logits: torch.Tensor, settings: HeadSettings, rows: RowStats, upstream: Upstream
     ) -> torch.Tensor:
         """Gradient of logits [C, Vl] (before bias, cap and temperature), a new tensor of their dtype."""
         capped = _capped(logits, settings)
@@ -114,16 +99,15 @@ class TorchHead(HeadKernels):
         z[:, settings.num_valid :] = -torch.inf
         below = (z - rows.log_norm[:, None]) - rows.log_norm_low[:, None]
         p = below.exp()
-        g = grad_logp[:, None]
+        g = upstream.logp[:, None]
         slope = -g * p
         if slope.shape[1]:
             # At the target 1 - p is -expm1(logp): exact for confident tokens too.
-            at = target.clamp(min=0)[:, None]
-            held = (target >= 0)[:, None]
+            at, held = _targets(settings)
             slope.scatter_(1, at, torch.where(held, -g * torch.expm1(rows.logp)[:, None], slope.gather(1, at)))
-        if grad_entropy is not None:
+        if upstream.entropy is not None:
             assert rows.entropy is not None
-            ge = grad_entropy[:, None]
+            ge = upstream.entropy[:, None]
             # Where p is 0 its logarithm may be -inf; p log p is 0 there.
             spread = torch.where(p == 0, 0, p * (below + rows.entropy[:, None]))
             slope = torch.where(ge == 0, slope, slope - ge * spread)
@@ -132,7 +116,7 @@ class TorchHead(HeadKernels):
             flatter = 1 - (capped / settings.softcap).square()
             flatter[:, settings.num_valid :] = 0  # a bias may hold NaN there
             slope = slope * flatter
-        live = grad_logp != 0
-        if grad_entropy is not None:
-            live = live | (grad_entropy != 0)
+        live = upstream.logp != 0
+        if upstream.entropy is not None:
+            live = live | (upstream.entropy != 0)
         return torch.where(live[:, None], slope, 0).to(logits.dtype)

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from m2kernels import _head_triton_kernels as kernels
-from m2kernels._head_kernels import HeadKernels, HeadSettings, RowStats, TileStats
+from m2kernels._head_kernels import HeadKernels, HeadSettings, RowStats, TileStats, Upstream
 from m2kernels._triton import ALIGNMENT, Launch, num_programs
 
 TILE: int = kernels.TILE.value
@@ -113,7 +113,6 @@ def _by_row(stats: TileStats) -> TileStats:
 def forward_launch(
     hidden: Tensor,
     weight: Tensor,
-    target: Tensor,
     settings: HeadSettings,
     stats: TileStats,
     scratch: Tensor | None,
@@ -134,7 +133,7 @@ def forward_launch(
         None if scratch is None else describe(scratch, [config.block_m, TILE // 2]),
         None if settings.bias is None else settings.bias.contiguous(),
         row_temp,
-        target,
+        settings.target.contiguous(),
         *stats,
         rows,
         cols,
@@ -160,10 +159,11 @@ def _row_grid(rows: int, cols: int) -> tuple[int, int]:
     return triton.cdiv(rows, ROW_CONFIG["BLOCK_ROWS"]), triton.cdiv(cols, ROW_CONFIG["TILES"] * TILE)
 
 
-def logits_launch(logits: Tensor, target: Tensor, settings: HeadSettings, stats: TileStats) -> Launch:
+def logits_launch(logits: Tensor, settings: HeadSettings, stats: TileStats) -> Launch:
     """The launch that reduces logits [C, Vl] into `stats` ([T, C])."""
     row_temp, inv_temp, softcap = _scaling(settings)
     rows, cols = logits.shape
+    target = settings.target.contiguous()
     args = (logits, row_temp, target, *stats, rows, cols, settings.num_valid, logits.stride(0), inv_temp)
     return Launch(
         kernel=kernels.logits_forward_kernel,
@@ -174,33 +174,18 @@ def logits_launch(logits: Tensor, target: Tensor, settings: HeadSettings, stats:
 
 
 def grad_launch(
-    source: Tensor,
-    dz: Tensor,
-    target: Tensor,
-    settings: HeadSettings,
-    anchor: Tensor | None,
-    rows: RowStats,
-    grad_logp: Tensor,
-    grad_entropy: Tensor | None,
+    source: Tensor, dz: Tensor, settings: HeadSettings, anchor: Tensor | None, rows: RowStats, upstream: Upstream
 ) -> Launch:
     """The launch that turns E (or, without `anchor`, logits) into the gradient of the raw logits."""
     row_temp, inv_temp, softcap = _scaling(settings)
     num_rows, cols = source.shape
-    args: tuple[Any, ...] = (
-        source,
-        dz,
-        row_temp,
-        target,
-        anchor,
-        rows.log_norm,
-        rows.log_norm_low,
-        rows.logp,
+    if upstream.entropy is None:
+        rows = rows._replace(entropy=None)
+    args = (
+        *(source, dz, row_temp, settings.target.contiguous(), anchor),
+        *(_dense(x) for x in (*rows, *upstream)),
+        *(num_rows, cols, settings.num_valid, source.stride(0), dz.stride(0), inv_temp, softcap),
     )
-    if grad_entropy is None:
-        args = (*args, None, grad_logp, None)
-    else:
-        args = (*args, rows.entropy, grad_logp, grad_entropy)
-    args = (*args, num_rows, cols, settings.num_valid, source.stride(0), dz.stride(0), inv_temp, softcap)
     return Launch(kernel=kernels.head_backward_kernel, grid=_row_grid(num_rows, cols), args=args, meta=ROW_CONFIG)
 
 
@@ -217,11 +202,6 @@ def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _dense_rows(rows: RowStats) -> RowStats:
-    dense = (rows.log_norm.contiguous(), rows.log_norm_low.contiguous(), rows.logp.contiguous())
-    return RowStats(*dense, _dense(rows.entropy))
-
-
 class TritonHead(HeadKernels):
     """Backend ``triton``. Its forward is invariant always; there is no faster mode."""
 
@@ -229,7 +209,7 @@ class TritonHead(HeadKernels):
     row_step: int = _HALF.block_m
 
     def forward(
-        self, hidden: Tensor, weight: Tensor, target: Tensor, settings: HeadSettings, *, entropy: bool, keep: bool
+        self, hidden: Tensor, weight: Tensor, settings: HeadSettings, *, entropy: bool, keep: bool
     ) -> tuple[TileStats, Any]:
         """See :meth:`HeadKernels.forward`; the scratch is E with its anchors."""
         assert hidden.dtype == weight.dtype, f"hidden is {hidden.dtype}, weight {weight.dtype}"
@@ -239,49 +219,31 @@ class TritonHead(HeadKernels):
         if keep:
             scratch = hidden.new_empty((rows, triton.cdiv(cols, 64) * 64))[:, :cols]
         if rows and cols:
-            hidden, weight, target = _mappable(hidden), _mappable(weight), target.contiguous()
+            hidden, weight = _mappable(hidden), _mappable(weight)
             programs = num_programs(hidden.device)
-            forward_launch(hidden, weight, target, settings, stats, scratch, programs).run(hidden.device)
+            forward_launch(hidden, weight, settings, stats, scratch, programs).run(hidden.device)
         if scratch is None:
             return _by_row(stats), None
         return _by_row(stats), KeptTiles(scratch=scratch, anchor=stats.top)
 
-    def grad(
-        self,
-        kept: KeptTiles,
-        target: Tensor,
-        settings: HeadSettings,
-        rows: RowStats,
-        grad_logp: Tensor,
-        grad_entropy: Tensor | None,
-    ) -> Tensor:
+    def grad(self, kept: KeptTiles, settings: HeadSettings, rows: RowStats, upstream: Upstream) -> Tensor:
         """See :meth:`HeadKernels.grad`; the result lies in the memory of E."""
-        e, grads = kept.scratch, (grad_logp.contiguous(), _dense(grad_entropy))
-        launch = grad_launch(e, e, target.contiguous(), settings, kept.anchor, _dense_rows(rows), *grads)
-        launch.run(e.device)
+        e = kept.scratch
+        grad_launch(e, e, settings, kept.anchor, rows, upstream).run(e.device)
         return e
 
-    def tile_stats(self, logits: Tensor, target: Tensor, settings: HeadSettings, *, entropy: bool) -> TileStats:
+    def tile_stats(self, logits: Tensor, settings: HeadSettings, *, entropy: bool) -> TileStats:
         """Statistics of logits [C, Vl], rows dense, that are there already: one pass over them."""
         assert settings.bias is None, "logits hold their bias already"
         rows, cols = logits.shape
         stats = _new_statistics(logits, rows, cols, entropy)
-        logits_launch(logits, target.contiguous(), settings, stats).run(logits.device)
+        logits_launch(logits, settings, stats).run(logits.device)
         return _by_row(stats)
 
-    def logits_grad(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        settings: HeadSettings,
-        rows: RowStats,
-        grad_logp: Tensor,
-        grad_entropy: Tensor | None,
-    ) -> Tensor:
+    def logits_grad(self, logits: Tensor, settings: HeadSettings, rows: RowStats, upstream: Upstream) -> Tensor:
         """Gradient of logits [C, Vl], a new dense tensor of their dtype: one pass."""
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        grads = (grad_logp.contiguous(), _dense(grad_entropy))
-        grad_launch(logits, out, target.contiguous(), settings, None, _dense_rows(rows), *grads).run(logits.device)
+        grad_launch(logits, out, settings, None, rows, upstream).run(logits.device)
         return out
 
     def merge(self, stats: TileStats) -> RowStats:

@@ -11,6 +11,8 @@ import os
 
 import torch
 
+from m2kernels._backend import constant_when_compiled
+
 ISA_NAMES = ("baseline", "avx2", "avx512")
 
 
@@ -48,7 +50,7 @@ def machine_reason(backend: str) -> str | None:
     return reason
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _machine_reason(backend: str) -> str | None:
     if backend == "cpu":
         return CPU_ERROR

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from m2kernels._head_kernels import Upstream
 from m2kernels._policy_loss_torch import look_up
 from m2kernels.policy_loss import LossSpec, PolicyLoss, policy_loss, spec_arguments
 from m2kernels.policy_loss import unsupported_reason as loss_reason
@@ -67,7 +68,7 @@ class PolicyTerms:
             denom=1.0,
             divisor=None,
         )
-        weight = ones.gradients(self.old_logp, torch.zeros_like(self.old_logp))[0].neg()
+        weight = ones.gradients(self.old_logp, torch.zeros_like(self.old_logp)).logp.neg()
         plain = replace(spec, tis_cap=None, tis_level="token")
         return replace(self, advantage=advantage * weight, spec=plain, per_token=True, rollout_logp=None)
 
@@ -101,8 +102,8 @@ class PolicyTerms:
             ref_logp=self.ref_logp,
         )
 
-    def gradients(self, logp: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(d loss / d logp, d loss / d entropy or None when the loss has no entropy bonus)."""
+    def gradients(self, logp: torch.Tensor, entropy: torch.Tensor) -> Upstream:
+        """Of the loss in logp, and in the entropy where there is a bonus."""
         if loss_reason(logp.device.type, logp) is None:
             return self._kernel_gradients(logp, entropy)
         bonus = self.spec.entropy_coef != 0
@@ -110,17 +111,15 @@ class PolicyTerms:
         with torch.enable_grad():
             loss = self.loss(inputs[0], inputs[1] if bonus else entropy).loss
         grads = torch.autograd.grad(loss, inputs)
-        return grads[0], grads[1] if bonus else None
+        return Upstream(grads[0], grads[1] if bonus else None)
 
-    def _kernel_gradients(
-        self, logp: torch.Tensor, entropy: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _kernel_gradients(self, logp: torch.Tensor, entropy: torch.Tensor) -> Upstream:
         """The registered op forms gradients in its forward."""
         tensors = (logp, self.old_logp, self.advantage, self.seq, None, entropy, self.rollout_logp, self.ref_logp)
         dense = [None if x is None else x.contiguous() for x in tensors]
         found = torch.ops.m2kernels.policy_loss_fwd(*dense, *spec_arguments(self.spec), self.per_token, self.denom)
         grads = found[2:] if self.divisor is None else [g / self.divisor for g in found[2:]]
-        return grads[0], grads[1] if self.spec.entropy_coef != 0 else None
+        return Upstream(grads[0], grads[1] if self.spec.entropy_coef != 0 else None)
 
 
 def spec_to_args(spec: LossSpec) -> tuple[str, str, str, list[float]]:

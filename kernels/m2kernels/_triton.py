@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from m2kernels._backend import constant_when_compiled
+
 INTERPRETER_PROGRAMS = 2
 """Programs of a persistent kernel under the interpreter: enough to take turns, and quick."""
 
@@ -21,7 +23,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def triton_reason(device_type: str | None = None, capability: tuple[int, int] = (8, 0)) -> str | None:
     """Why Triton kernels cannot run here, or on tensors of this device type; None if they can.
 
@@ -45,7 +47,7 @@ def triton_reason(device_type: str | None = None, capability: tuple[int, int] = 
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _bf16_reason(dtype: torch.dtype | None) -> str | None:
     """Triton's interpreter does integer arithmetic on bfloat16, and says nothing; the tests mend it."""
     if not interpreting() or dtype != torch.bfloat16:

@@ -26,7 +26,7 @@ from torch import distributed as dist
 
 from m2kernels._head import HEAD_SCHEMA, Head, HeadGrads, HeadProblem, head_reason, live_rows, to_inputs
 from m2kernels._head_check import make_problem
-from m2kernels._head_kernels import RowStats
+from m2kernels._head_kernels import RowStats, Upstream
 
 _OP = "linear_logprob"
 _NUM_ARGS = len(HeadProblem.__slots__)
@@ -65,8 +65,7 @@ def row_stats(head: Head, *, entropy: bool) -> RowStats:
 def head_backward(
     head: Head,
     stats: RowStats,
-    grad_logp: torch.Tensor,
-    grad_entropy: torch.Tensor | None,
+    upstream: Upstream,
     needs: tuple[bool, bool, bool],
     *,
     into: torch.Tensor | None = None,
@@ -75,19 +74,19 @@ def head_backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of (hidden, weight, bias): logits again, chunk by chunk, of rows with a gradient.
 
-    Arguments and result are those of :class:`HeadGrads`; grad_logp and grad_entropy are f32[M];
-    `wide` asks for the weight's in float32.
+    Arguments and result are those of :class:`HeadGrads`; stats and upstream are of all M rows; `wide`
+    asks for the weight's in float32.
     """
-    live = live_rows([grad_logp, grad_entropy])
+    live = live_rows(upstream)
     parts = head.chunks(live.numel(), head.weight.shape[0])
     grads = HeadGrads(head, needs, single=len(parts) <= 1 and not wide, into=into, scale=scale)
     for part in parts:
         pick = part if live.numel() == head.num_rows else live[part]
         chunk = head.gather(pick)
-        kept = head.kernels.recompute(chunk.hidden, head.weight, chunk.target, chunk.settings)
+        kept = head.kernels.recompute(chunk.hidden, head.weight, chunk.settings)
         rows = RowStats(*(None if x is None else x[pick] for x in stats))  # type: ignore[arg-type]
-        to_entropy = None if grad_entropy is None else grad_entropy[pick]
-        dz = head.kernels.grad_rows(kept, chunk.target, chunk.settings, rows, grad_logp[pick], to_entropy, None)
+        part_of = Upstream(*(None if x is None else x[pick] for x in upstream))  # type: ignore[arg-type]
+        dz = head.kernels.grad_rows(kept, chunk.settings, rows, part_of, None)
         grads.add(dz, chunk.hidden, chunk.positions)
     return grads.finish()
 
@@ -114,7 +113,7 @@ def _bwd(*args: Any) -> tuple[torch.Tensor, ...]:
     grad_logp, grad_entropy, logp, entropy, log_norm, low, *problem, needs = args
     head = Head(HeadProblem(*problem))
     stats = RowStats(log_norm, low, logp, entropy if entropy.numel() else None)
-    found = head_backward(head, stats, grad_logp, grad_entropy, tuple(needs))
+    found = head_backward(head, stats, Upstream(grad_logp, grad_entropy), tuple(needs))
     grads = to_inputs(found, problem[:3])
     return tuple(logp.new_empty(0) if g is None else g for g in grads)
 

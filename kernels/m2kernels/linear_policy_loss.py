@@ -12,42 +12,22 @@ exists. That is once for each forward that will have a backward: the forward tha
 checkpointing runs again inside the backward of one that was already counted adds nothing.
 """
 
-import math
-import weakref
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import distributed as dist
 
-from m2kernels._check import check_device, check_dtype
-from m2kernels._head import HEAD_SCHEMA, Head, HeadGrads, HeadProblem, head_reason, live_rows, to_inputs
+from m2kernels._head import HEAD_SCHEMA, HeadProblem, head_reason, to_inputs
 from m2kernels._head_check import make_problem
+from m2kernels._head_policy import LinearPolicyLoss, WeightGrad, loss_and_grads
+from m2kernels._main_grad import Counted, check_factor, check_main_grad, count
 from m2kernels._policy_grads import PolicyTerms, spec_from_args, spec_to_args
-from m2kernels.linear_logprob import head_backward, row_stats
 from m2kernels.metrics import FINAL_METRICS, RAW_METRICS, metrics_from_stats
 from m2kernels.policy_loss import LossSpec, _check_inputs, _check_spec, _number
 
 _OP = "linear_policy_loss"
 _NUM_ARGS = len(HeadProblem.__slots__)
-
-Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-
-
-class LinearPolicyLoss(NamedTuple):
-    """What :func:`linear_policy_loss` returns.
-
-    Attributes:
-        loss: 0-d float32, differentiable once in hidden, weight and bias.
-        logp: f32[M], without a gradient.
-        entropy: f32[M], without a gradient.
-        metrics: as of :func:`m2kernels.policy_loss`.
-    """
-
-    loss: torch.Tensor
-    logp: torch.Tensor
-    entropy: torch.Tensor
-    metrics: dict[str, torch.Tensor]
 
 
 def unsupported_reason(
@@ -55,111 +35,6 @@ def unsupported_reason(
 ) -> str | None:
     """Why `backend` (triton | cpu | torch) cannot run here, or with GEMMs of `dtype` on this hidden."""
     return head_reason(backend, hidden, dtype)
-
-
-def _sequence_chunks(seq: torch.Tensor, most: int) -> list[slice] | None:
-    """Chunks of whole sequences of at most `most` rows, or None when one is longer. Reads seq on the host."""
-    lengths = torch.unique_consecutive(seq, return_counts=True)[1].tolist()
-    if max(lengths, default=0) > most:
-        return None
-    chunks: list[slice] = []
-    start = end = 0
-    for length in lengths:
-        if end + length - start > most:
-            chunks.append(slice(start, end))
-            start = end
-        end += length
-    return [*chunks, slice(start, end)] if end > start else chunks
-
-
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """Where the weight's gradient goes in the forward: `into`, times `scale`; `wide`: it must be float32."""
-
-    into: torch.Tensor | None = None
-    scale: float = 1.0
-    wide: bool = False
-
-
-def _fused(
-    problem: HeadProblem, terms: PolicyTerms, needs: tuple[bool, bool, bool], target: _Target
-) -> tuple[LinearPolicyLoss, Grads]:
-    """Loss, and its gradients for an upstream gradient of 1 (float32; None where not needed)."""
-    head = Head(problem)
-    if not any(needs):
-        stats = row_stats(head, entropy=True)
-        assert stats.entropy is not None
-        return _finish(terms, stats.logp, stats.entropy), (None, None, None)
-    cut = terms.by_token()
-    width = head.widest()
-    parts = head.chunks(head.num_rows, width)
-    if cut.couples_tokens():
-        aligned = _sequence_chunks(terms.seq, head.step(width))
-        if aligned is None:
-            return _two_passes(head, terms, needs, target)
-        parts = aligned
-    logp = head.hidden.new_empty(head.num_rows, dtype=torch.float32)
-    entropy = torch.empty_like(logp)
-    grads = HeadGrads(head, needs, single=len(parts) <= 1 and not target.wide, into=target.into, scale=target.scale)
-    for part in parts:
-        chunk = head.gather(part)
-        rows, kept = head.statistics(chunk, entropy=True, keep=True)
-        assert rows.entropy is not None
-        logp[part], entropy[part] = rows.logp, rows.entropy
-        to_logp, to_entropy = cut.take(part).gradients(rows.logp, rows.entropy)
-        live = live_rows([to_logp, to_entropy])
-        if not live.numel():
-            continue
-        whole = live.numel() == chunk.target.numel()
-        dz = head.kernels.grad_rows(
-            kept, chunk.target, chunk.settings, rows, to_logp, to_entropy, None if whole else live
-        )
-        if whole:
-            grads.add(dz, chunk.hidden, chunk.positions)
-        else:
-            positions = live + part.start if problem.rows is None else problem.rows[part][live]
-            grads.add(dz, chunk.hidden.index_select(0, live), positions)
-    return _finish(terms, logp, entropy), grads.finish()
-
-
-def _two_passes(
-    head: Head, terms: PolicyTerms, needs: tuple[bool, bool, bool], target: _Target
-) -> tuple[LinearPolicyLoss, Grads]:
-    """All log-probs first, then the gradients from logits computed again: four GEMMs."""
-    stats = row_stats(head, entropy=True)
-    assert stats.entropy is not None
-    to_logp, to_entropy = terms.gradients(stats.logp, stats.entropy)
-    grads = head_backward(
-        head, stats, to_logp, to_entropy, needs, into=target.into, scale=target.scale, wide=target.wide
-    )
-    return _finish(terms, stats.logp, stats.entropy), grads
-
-
-def _finish(terms: PolicyTerms, logp: torch.Tensor, entropy: torch.Tensor) -> LinearPolicyLoss:
-    loss, metrics = terms.loss(logp, entropy)
-    return LinearPolicyLoss(loss, logp, entropy, metrics)
-
-
-class _Counted:
-    """A forward that has added to a main_grad and whose backward is to come; lives with its graph."""
-
-    __slots__ = ("__weakref__", "key")
-
-    def __init__(self, key: tuple[int, int, int]) -> None:
-        self.key = key
-
-
-_counted: weakref.WeakSet[_Counted] = weakref.WeakSet()
-
-
-def _key(main_grad: torch.Tensor, target: torch.Tensor) -> tuple[int, int, int]:
-    return main_grad.data_ptr(), target.data_ptr(), target.numel()
-
-
-def _is_recompute(key: tuple[int, int, int]) -> bool:
-    """Inside a backward, with the same call counted before: checkpointing runs that forward again."""
-    inside: bool = torch._C._current_graph_task_id() != -1
-    return inside and any(c.key == key for c in _counted)
 
 
 @dataclass(slots=True)
@@ -184,21 +59,21 @@ class _LinearPolicyLoss(torch.autograd.Function):
         """(loss, logp, entropy); the metrics go into `call`."""
         hidden_, weight_, bias_ = (call.enabled and need for need in ctx.needs_input_grad[:3])
         needs = (hidden_, weight_, bias_)
-        ctx.main_grad, ctx.grad_scale, ctx.counted = None, call.grad_scale, None
-        target = _Target()
+        ctx.main_grad, ctx.grad_scale = None, call.grad_scale
+        counted: Counted | None = None
+        target = WeightGrad()
         if call.main_grad is not None and needs[1]:
             if call.grad_scale is None:
                 ctx.main_grad = call.main_grad
-                target = _Target(wide=True)
+                target = WeightGrad(wide=True)
             else:
-                key = _key(call.main_grad, call.problem.target)
-                if _is_recompute(key):
+                counted = count(call.main_grad, call.problem.target)
+                if counted is None:
                     needs = (needs[0], False, needs[2])
                 else:
-                    ctx.counted = _Counted(key)
-                    _counted.add(ctx.counted)
-                    target = _Target(call.main_grad, call.grad_scale)
-        out, grads = _fused(call.problem, call.terms, needs, target)
+                    target = WeightGrad(call.main_grad, call.grad_scale)
+        ctx.counted = counted
+        out, grads = loss_and_grads(call.problem, call.terms, needs, target)
         ctx.grads = (grads[0], None if target.into is not None else grads[1], grads[2])
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         call.metrics = out.metrics
@@ -215,12 +90,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             )
         grads, ctx.grads, ctx.counted = list(ctx.grads), None, None
         if ctx.grad_scale is not None:
-            brought = float(grad_loss)
-            if not math.isclose(brought, ctx.grad_scale, rel_tol=1e-6):
-                raise ValueError(
-                    f"{_OP}: the backward brings a gradient of {brought}; expected grad_scale={ctx.grad_scale}, "
-                    "by which main_grad was scaled in the forward; pass the factor that the loss is multiplied by"
-                )
+            check_factor(_OP, grad_loss, ctx.grad_scale)
         if ctx.main_grad is not None:
             ctx.main_grad.addcmul_(grads[1], grad_loss.to(torch.float32))
             grads[1] = None
@@ -249,7 +119,7 @@ def _fwd(*args: Any) -> tuple[torch.Tensor, ...]:
         old_logp=old_logp, advantage=advantage, seq=seq, rollout_logp=rollout_logp, ref_logp=ref_logp,
         spec=spec_from_args(*spec), per_token=per_token, denom=denom, divisor=divisor,
     )  # fmt: skip
-    out, grads = _fused(problem, terms, tuple(needs), _Target())
+    out, grads = loss_and_grads(problem, terms, tuple(needs), WeightGrad())
     given = to_inputs(grads, args[:3])
     stats = torch.stack(tuple(out.metrics[key] for key in RAW_METRICS + FINAL_METRICS))
     return (
@@ -296,26 +166,6 @@ def _compiled(problem: HeadProblem, terms: PolicyTerms, needs: list[bool]) -> Li
         *spec_to_args(terms.spec), terms.per_token, terms.denom, terms.divisor, needs,
     )  # fmt: skip
     return LinearPolicyLoss(loss, logp, entropy, metrics_from_stats(stats))
-
-
-def _check_main_grad(main_grad: torch.Tensor | None, grad_scale: float | None, weight: torch.Tensor) -> None:
-    """Raise ValueError for a buffer that dW cannot be added to."""
-    if main_grad is None:
-        if grad_scale is not None:
-            raise ValueError(f"{_OP}: got grad_scale {grad_scale} without main_grad; pass both, or leave it None")
-        return
-    if main_grad.shape != weight.shape:
-        raise ValueError(
-            f"{_OP}: main_grad has shape {list(main_grad.shape)}; expected that of the weight, {list(weight.shape)}"
-        )
-    check_dtype(_OP, "main_grad", main_grad, (torch.float32,))
-    check_device(_OP, "main_grad", main_grad, weight)
-    if torch.is_grad_enabled() and not weight.requires_grad:
-        raise ValueError(f"{_OP}: main_grad is given but the weight is frozen; leave main_grad None")
-    if grad_scale is not None and not math.isfinite(grad_scale):
-        raise ValueError(f"{_OP}: got grad_scale {grad_scale}; expected a finite number")
-    if torch.compiler.is_compiling():
-        raise ValueError(f"{_OP}: main_grad is for eager mode; return dW instead, or leave the call uncompiled")
 
 
 def linear_policy_loss(
@@ -394,7 +244,7 @@ def linear_policy_loss(
     like = torch.empty(target.shape[0], dtype=torch.float32, device=hidden.device)
     _check_inputs(like, advantage, seq, None, per_token, optional)
     _check_spec(spec, {**optional, "entropy": like})
-    _check_main_grad(main_grad, grad_scale, weight)
+    check_main_grad(_OP, main_grad, grad_scale, weight)
     number = _number(denom)
     divisor = denom.detach().reshape(()).float() if isinstance(denom, torch.Tensor) else None
     old_logp, rollout_logp, ref_logp = (None if x is None else x.detach() for x in optional.values())

@@ -13,7 +13,7 @@ from m2kernels._backend import choose_backend
 from m2kernels._check import INTEGERS, check_device, check_dtype, check_vector
 from m2kernels._head import HEAD_BACKENDS, VocabGroup, head_kernels, head_reason
 from m2kernels._head_check import FLOATS, check_ids, check_temperature, group_name
-from m2kernels._head_kernels import HeadSettings, RowStats
+from m2kernels._head_kernels import HeadSettings, RowStats, Upstream
 from m2kernels._triton import triton_logits_reason
 from m2kernels.linear_logprob import LogProb
 
@@ -34,14 +34,14 @@ def unsupported_reason(
 
 def _prepare(
     logits: torch.Tensor, target: torch.Tensor, temperatures: torch.Tensor | None, temperature: float, start: int
-) -> tuple[torch.Tensor, torch.Tensor, HeadSettings]:
-    """(logits with dense rows, local target or -1, settings)."""
+) -> tuple[torch.Tensor, HeadSettings]:
+    """(logits with dense rows, settings)."""
     width = logits.shape[1]
     local = target.long() - start
     local = torch.where((local >= 0) & (local < width), local, -1)
     inverse = 1.0 / temperature if temperatures is None else temperatures.reciprocal()
     dense = logits if logits.stride(1) == 1 or width == 1 else logits.contiguous()
-    return dense, local, HeadSettings(bias=None, inv_temperature=inverse, softcap=None, num_valid=width)
+    return dense, HeadSettings(target=local, bias=None, inv_temperature=inverse, softcap=None, num_valid=width)
 
 
 @torch.library.custom_op(
@@ -51,10 +51,10 @@ def _prepare(
 )
 def _fwd(*args: Any) -> tuple[torch.Tensor, ...]:
     logits, target, temperatures, temperature, start, group, backend, entropy = args
-    dense, local, settings = _prepare(logits, target, temperatures, temperature, start)
+    dense, settings = _prepare(logits, target, temperatures, temperature, start)
     kernels = head_kernels(backend, invariant=True)
     vocab = VocabGroup(group, start, logits.shape[1], kernels, logits)
-    rows = vocab.merge(kernels.tile_stats(dense, local, settings, entropy=entropy), local)
+    rows = vocab.merge(kernels.tile_stats(dense, settings, entropy=entropy), settings.target)
     measured = rows.logp.new_empty(0) if rows.entropy is None else rows.entropy.clone()
     return rows.logp.clone(), measured, rows.log_norm.clone(), rows.log_norm_low.clone()
 
@@ -68,9 +68,9 @@ def _fwd(*args: Any) -> tuple[torch.Tensor, ...]:
 def _bwd(*args: Any) -> torch.Tensor:
     grad_logp, grad_entropy, logp, entropy, log_norm, low, *rest = args
     logits, target, temperatures, temperature, start, _, backend = rest
-    dense, local, settings = _prepare(logits, target, temperatures, temperature, start)
+    dense, settings = _prepare(logits, target, temperatures, temperature, start)
     rows = RowStats(log_norm, low, logp, entropy if entropy.numel() else None)
-    return head_kernels(backend, invariant=True).logits_grad(dense, local, settings, rows, grad_logp, grad_entropy)
+    return head_kernels(backend, invariant=True).logits_grad(dense, settings, rows, Upstream(grad_logp, grad_entropy))
 
 
 @_fwd.register_fake

@@ -44,6 +44,7 @@ class Peer:
 
 PEERS: dict[str, Peer] = {
     "liger": Peer(module="liger_kernel", distribution="liger-kernel", pin="0.8.5"),
+    "liger-chunked": Peer(module="liger_kernel", distribution="liger-kernel", pin="0.8.5", needs_gpu=False),
     "cce": Peer(module="cut_cross_entropy", distribution="cut-cross-entropy", pin="25.1.1"),
     "quack": Peer(module="quack", distribution="quack-kernels", pin="0.6.5"),
     "verl": Peer(module="verl", distribution="verl", pin="0.9.1"),

@@ -1,0 +1,125 @@
+"""Driver of the policy loss on the LM head: chunk by chunk, logits become their gradient while they are at hand.
+
+Shared by the eager and the compiled form of :func:`m2kernels.linear_policy_loss`.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from m2kernels._head import Chunk, Head, HeadGrads, HeadProblem, live_rows
+from m2kernels._policy_grads import PolicyTerms
+from m2kernels.linear_logprob import head_backward, row_stats
+
+Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+class LinearPolicyLoss(NamedTuple):
+    """What :func:`m2kernels.linear_policy_loss` returns.
+
+    Attributes:
+        loss: 0-d float32, differentiable once in hidden, weight and bias.
+        logp: f32[M], without a gradient.
+        entropy: f32[M], without a gradient.
+        metrics: as of :func:`m2kernels.policy_loss`.
+    """
+
+    loss: torch.Tensor
+    logp: torch.Tensor
+    entropy: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightGrad:
+    """Where the weight's gradient goes in the forward: `into`, times `scale`; `wide`: it must be float32."""
+
+    into: torch.Tensor | None = None
+    scale: float = 1.0
+    wide: bool = False
+
+
+def sequence_chunks(seq: torch.Tensor, most: int) -> list[slice] | None:
+    """Chunks of whole sequences of at most `most` rows, or None when one is longer. Reads seq on the host."""
+    lengths = torch.unique_consecutive(seq, return_counts=True)[1].tolist()
+    if max(lengths, default=0) > most:
+        return None
+    chunks: list[slice] = []
+    start = end = 0
+    for length in lengths:
+        if end + length - start > most:
+            chunks.append(slice(start, end))
+            start = end
+        end += length
+    return [*chunks, slice(start, end)] if end > start else chunks
+
+
+def loss_and_grads(
+    problem: HeadProblem, terms: PolicyTerms, needs: tuple[bool, bool, bool], target: WeightGrad
+) -> tuple[LinearPolicyLoss, Grads]:
+    """Loss, and its gradients for an upstream gradient of 1.
+
+    Args:
+        problem: the head.
+        terms: the loss.
+        needs: gradients wanted, of (hidden, weight, bias).
+        target: what becomes of the weight's.
+
+    Returns:
+        The result without a graph, and (d hidden, d weight, d bias): float32, but the weight's of a
+        single chunk, which has the dtype of the GEMMs; None where not wanted.
+    """
+    head = Head(problem)
+    if not any(needs):
+        stats = row_stats(head, entropy=True)
+        assert stats.entropy is not None
+        return _finish(terms, stats.logp, stats.entropy), (None, None, None)
+    cut = terms.by_token()
+    width = head.widest()
+    parts = head.chunks(head.num_rows, width)
+    if cut.couples_tokens():
+        aligned = sequence_chunks(terms.seq, head.step(width))
+        if aligned is None:
+            return _two_passes(head, terms, needs, target)
+        parts = aligned
+    logp = head.hidden.new_empty(head.num_rows, dtype=torch.float32)
+    entropy = torch.empty_like(logp)
+    grads = HeadGrads(head, needs, single=len(parts) <= 1 and not target.wide, into=target.into, scale=target.scale)
+    for part in parts:
+        logp[part], entropy[part] = _one_chunk(head, head.gather(part), cut.take(part), part.start, grads)
+    return _finish(terms, logp, entropy), grads.finish()
+
+
+def _one_chunk(
+    head: Head, chunk: Chunk, terms: PolicyTerms, start: int, grads: HeadGrads
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logp, entropy) of a chunk, which begins at row `start`; its gradients are added to `grads`."""
+    rows, kept = head.statistics(chunk, entropy=True, keep=True)
+    assert rows.entropy is not None
+    upstream = terms.gradients(rows.logp, rows.entropy)
+    live = live_rows(upstream)
+    whole = live.numel() == len(rows.logp)
+    if whole:
+        grads.add(head.kernels.grad_rows(kept, chunk.settings, rows, upstream, None), chunk.hidden, chunk.positions)
+    elif live.numel():
+        dz = head.kernels.grad_rows(kept, chunk.settings, rows, upstream, live)
+        at = chunk.positions
+        grads.add(dz, chunk.hidden.index_select(0, live), live + start if isinstance(at, slice) else at[live])
+    return rows.logp, rows.entropy
+
+
+def _two_passes(
+    head: Head, terms: PolicyTerms, needs: tuple[bool, bool, bool], target: WeightGrad
+) -> tuple[LinearPolicyLoss, Grads]:
+    """All log-probs first, then the gradients from logits computed again: four GEMMs."""
+    stats = row_stats(head, entropy=True)
+    assert stats.entropy is not None
+    upstream = terms.gradients(stats.logp, stats.entropy)
+    grads = head_backward(head, stats, upstream, needs, into=target.into, scale=target.scale, wide=target.wide)
+    return _finish(terms, stats.logp, stats.entropy), grads
+
+
+def _finish(terms: PolicyTerms, logp: torch.Tensor, entropy: torch.Tensor) -> LinearPolicyLoss:
+    loss, metrics = terms.loss(logp, entropy)
+    return LinearPolicyLoss(loss, logp, entropy, metrics)
