@@ -55,6 +55,13 @@ def measure(device: torch.device, threads: int, seconds: float = 0.5) -> Ceiling
     launch_<timer>      seconds of an op on one element, by that clock
     """
     torch.set_num_threads(threads)
+    found = _measured(device, threads, seconds)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the measuring processes have the same GPU
+    return found
+
+
+def _measured(device: torch.device, threads: int, seconds: float) -> Ceilings:
     timer = make_timer("events" if device.type == "cuda" else "cpu" if threads == 1 else "wall", device)
     cache = cache_bytes(device)
     found: Ceilings = {}
@@ -73,9 +80,6 @@ def measure(device: torch.device, threads: int, seconds: float = 0.5) -> Ceiling
     one = torch.zeros(1, device=device)
     for name in ("cpu", "wall") if device.type == "cpu" else ("graph", "events", "wall"):
         found[f"launch_{name}"] = _best(make_timer(name, device), lambda: one.add_(1.0), seconds / 4, many=64)
-    del source, target, a, b, one
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the measuring processes have the same GPU
     return found
 
 
