@@ -31,7 +31,8 @@ test-all: $(VENV)/.dev test-triton
 # The Triton kernels in Triton's interpreter, on CPU tensors: a process of its own, for the mode is fixed at import.
 test-triton: $(VENV)/.dev $(TRITON_TEST)/.done
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON_TEST) $(PY) -m pytest -q -k triton \
-	    $(wildcard tests/test_triton_*.py) tests/test_policy_loss.py tests/test_group_advantage.py
+	    $(wildcard tests/test_triton_*.py) tests/test_policy_loss.py tests/test_group_advantage.py \
+	    tests/dist/test_head_tp.py
 
 setup: $(NATIVE)
 
@@ -87,9 +88,11 @@ wheel: $(VENV)/.dev
 wheel-check: $(VENV)/.dev
 	$(PY) packaging/check_wheel.py dist/*.whl
 
-# On the machine with the GPU; WHEELS=DIR names further wheels, DRY=1 does what needs no GPU.
+# On the machine with the GPU; WHEELS=DIR names further wheels, OUT=DIR where rows and logs go, DRY=1 does what needs
+# no GPU.
 gpu-check:
-	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) packaging/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(if $(DRY),--dry-run)
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) packaging/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) \
+	    $(if $(OUT),--out $(OUT)) $(if $(DRY),--dry-run)
 
 # On a machine with a network, for one without: pip matches each platform tag exactly.
 gpu-wheels: $(VENV)/.stack

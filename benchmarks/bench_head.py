@@ -1,301 +1,468 @@
-"""The LM head with its policy loss, forward and backward, on the CPU: mk.linear_policy_loss beside torch.
+"""LM head at selected rows: log-probs, the policy loss and the mean negative log-prob, with both gradients.
 
-Every implementation gives the loss and the gradients of hidden and weight for the same tokens; each
-is checked against float64 before it is timed. Rounds are interleaved; what is printed is the median
-over rounds of (its time / ours in the same round), and the peak memory beyond inputs, returned
-gradients and one float32 copy of the weight's gradient. The others are spared the entropy, which
-ours measures as well.
+The implementations that are written out here are plain torch:
 
-    python benchmarks/bench_head.py [--shape small|large] [--dtype fp32|bf16] [--rounds 5] [--threads 1 --clock cpu]
-
-eager       full logits of all rows, loss maths in torch, autograd
-gathered    the same on pre-gathered rows
-chunked     pre-gathered rows in chunks, gradients taken in each chunk, dW summed in float32: what
-            one writes by hand; chunks of the same byte budget as ours, or one chunk where that fits
-torch_lce   torch's F.linear_cross_entropy, chunked (a mean over tokens of -logp: another loss, the
-            same GEMMs), on pre-gathered rows
-liger, trl  LigerFusedLinearGRPOLoss and TRL's chunked path, where importable
+torch           full logits of all rows: the baseline
+torch-gathered  full logits of the selected rows
+torch-chunked   the selected rows in chunks, gradients formed with the loss and summed in float32: what one writes by
+                hand when memory is short
 """
 
-import argparse
-import importlib.util
-import statistics
-import threading
-import time
+from __future__ import annotations
+
+import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import m2kernels as mk
-from m2kernels._head import CHUNK_BYTES
+from m2train.bench import peers, shapes
+from m2train.bench.case import Case, Fn, Impl, Setup, Skip, Subset, case, compiled
 
-Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-SHAPES = {"small": (576, 49152, 2048), "large": (2048, 151936, 256)}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MODELS = ("smollm2-135m", "qwen3-1.7b", "qwen3-8b", "llama-3.1-8b", "qwen2.5-32b")
+CPU_LIMIT = 3e11
+"""FLOPs of a forward over the selected rows beyond which a CPU would take minutes."""
+EAGER_BYTES = 2e10
+"""Full float32 logits beyond which the baseline takes the selected rows in chunks: a GPU holds no three copies."""
+CHUNK_BYTES = 64 << 20
+"""Logits of a chunk of torch-chunked on a CPU; sixteen times that on a GPU, as in the op."""
+SPEC = mk.LossSpec()
+EPS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+"""A loss is one number, on which the baseline is right by luck; torch sums a narrow gradient in its own dtype.
 
-
-@dataclass
-class Inputs:
-    """One training batch: hidden [N, D], weight [V, D], and M selected tokens."""
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    rows: torch.Tensor
-    target: torch.Tensor
-    old_logp: torch.Tensor
-    advantage: torch.Tensor
-    seq: torch.Tensor
-    denom: float
-
-
-def make_inputs(depth: int, vocab: int, rows: int, dtype: torch.dtype, share: float = 0.35) -> Inputs:
-    """Rows in runs, as replies lie between prompts; logits with a spread of about 3."""
-    g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(rows, depth, generator=g)
-    weight = torch.randn(vocab, depth, generator=g) * (3 / depth**0.5)
-    picked = torch.arange(rows)[torch.arange(rows) % 64 >= 64 - int(64 * share + 0.5)]
-    count = picked.numel()
-    seq = torch.arange(count) // 90
-    advantage = torch.randn(int(seq[-1]) + 1, generator=g)
-    target = torch.randint(0, vocab, (count,), generator=g)
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
-    with torch.no_grad():
-        old = mk.linear_logprob(hidden, weight, target, rows=picked).logp
-    old = old + 0.1 * torch.randn(count, generator=g)
-    return Inputs(hidden, weight, picked, target, old, advantage, seq, float(count))
+The tests of the ops hold them to far less."""
+DEVICE: dict[str, Any] = {"oracle_device": "same", "cuda_timer": "events"}
+"""Float64 would take minutes on a CPU; rows with a gradient are counted on the host, so there is no graph."""
+RUN = 64
+"""Packed rows of a sequence, prompt and reply: those of the reply, at its end, are selected."""
 
 
-def loss_sum(logp: torch.Tensor, old: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
-    """GRPO's clipped objective, summed over tokens and negated."""
-    ratio = (logp - old).exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage).sum()
+def _log_probs_shapes() -> dict[str, dict[str, Any]]:
+    small = shapes.heads(("smollm2-135m",), 128, (0.5,)) | shapes.heads(("smollm2-135m",), 1024, (0.1, 0.5, 1.0))
+    large = shapes.heads(MODELS, 8192, (0.1, 0.35, 1.0))
+    forward = shapes.heads(("qwen3-1.7b", "qwen3-8b", "qwen2.5-32b"), 32768, (1.0,))
+    return small | _loss_shapes() | large | forward
 
 
-def _leaves(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.hidden.detach().requires_grad_(), x.weight.detach().requires_grad_()
+def _loss_shapes() -> dict[str, dict[str, Any]]:
+    cpu = shapes.heads(("smollm2-135m",), 128, (0.5,)) | shapes.heads(("smollm2-135m",), 2048, (0.35,))
+    cpu |= shapes.heads(("qwen3-1.7b",), 256, (0.35,))
+    gpu: dict[str, dict[str, Any]] = {}
+    for tokens in (4096, 16384, 32768):
+        gpu |= shapes.heads(("qwen3-1.7b", "qwen3-8b", "qwen2.5-32b"), tokens, (0.35, 1.0))
+    return cpu | gpu
 
 
-def ours(x: Inputs, **options: object) -> Result:
-    """mk.linear_policy_loss."""
-    hidden, weight = _leaves(x)
-    out = mk.linear_policy_loss(
-        hidden, weight, x.target, x.old_logp, x.advantage, x.seq, denom=x.denom, rows=x.rows, **options
+NIGHTLY = tuple(name for name in _loss_shapes() if "16384" in name or ("32768" in name and "qwen2.5" not in name))
+VERL = "verl.utils.kernel.linear_cross_entropy"
+FIRST = ("qwen3-8b-4096-35pct", "qwen3-8b-4096-100pct")
+
+
+def _flops(s: Setup, rows: int) -> float:
+    flops = 2.0 * rows * s.D * s.V
+    if s.device.type == "cpu" and flops > CPU_LIMIT:
+        raise Skip(f"{flops:.1e} FLOPs a forward: for a GPU")
+    return flops
+
+
+# ------------------------------------------------------------------------------------------------- log-probs
+
+
+def eager(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
+    """All logits of the selected rows at once, in fp32 after the GEMM."""
+    logits = F.linear(hidden.index_select(0, rows), weight)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.log_softmax(logits, dim=-1).gather(1, target[:, None])[:, 0]
+
+
+def fused(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
+    """Chunks of rows; logits are computed again in backward."""
+    logp: torch.Tensor = mk.linear_logprob(hidden, weight, target, rows=rows).logp
+    return logp
+
+
+def in_parts(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
+    """The same for 2048 rows at a time, logits computed again in backward: what fits everywhere."""
+    parts = zip(target.split(2048), rows.split(2048), strict=True)
+    return torch.cat([checkpoint(eager, hidden, weight, y, r, use_reentrant=False) for y, r in parts])
+
+
+def fast(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
+    """The same without invariance to the batch."""
+    logp: torch.Tensor = mk.linear_logprob(hidden, weight, target, rows=rows, invariant=False).logp
+    return logp
+
+
+def _on_rows(fn: Fn) -> Fn:
+    """For heads that take hidden states of the scored rows alone and return a negative log-prob per row."""
+
+    def run(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
+        return -fn(hidden.index_select(0, rows), weight, target)
+
+    return run
+
+
+@case(
+    "lm_head",
+    shapes=_log_probs_shapes(),
+    dtypes=(torch.bfloat16, torch.float32),
+    smoke=("smollm2-135m-128-50pct",),
+    nightly=("qwen2.5-32b-8192-100pct", *NIGHTLY),
+    first=FIRST,
+)
+def lm_head(s: Setup) -> Case:
+    """Log-probs of targets at some rows of a packed batch."""
+    flops = _flops(s, s.M)
+    hidden, weight = s.randn(s.N, s.D), s.randn(s.V, s.D, scale=s.D**-0.5)
+    rows = torch.sort(torch.randperm(s.N, generator=s.generator)[: s.M]).values.to(s.device)
+    size, part = s.dtype.itemsize, s.M // 2
+    moved = (s.M * s.D + s.V * s.D) * size + 4 * s.M
+    one: dict[str, Any] = {"device": s.device}
+    whole = 4.0 * s.M * s.V < EAGER_BYTES
+    return Case(
+        oracle=in_parts,
+        inputs=(hidden, weight, s.randint(s.V, s.M), rows),
+        grad=s.randn(s.M, dtype=torch.float32) / s.M,
+        wrt=(0, 1),
+        impls={
+            "m2": fused,
+            "m2-fast": fast,
+            "torch": eager if whole else Skip("full logits do not fit"),
+            "torch-chunked": in_parts,
+            "compile": compiled(eager) if whole else Skip("full logits do not fit"),
+            "cce": peers.peer("cce", module="cut_cross_entropy", adapt=lambda m: _on_rows(_cce(m)), **one),
+            "liger": peers.peer("liger", module="liger_kernel.ops", adapt=lambda m: _on_rows(_liger(m)), **one),
+            "quack": Skip("quack's linear_cross_entropy has the reductions mean and sum only: no log-prob per row"),
+            "verl": peers.peer("verl", module=VERL, adapt=_verl, bare=True, **one),
+            "trl": peers.peer("trl", module="trl.kernels.chunked_logprob", adapt=_trl, **one),
+        },
+        # Least traffic: hidden rows and weight read once, both gradients written once; no logits at all.
+        bytes={"fwd": moved, "both": 2.0 * moved + s.N * s.D * size},
+        # Forward, and in backward two GEMMs: what any method must do. Recomputed logits are a method's own cost.
+        flops={"fwd": flops, "both": 3 * flops},
+        baseline="torch" if whole else "torch-chunked",
+        ours=("m2", "m2-fast"),
+        **DEVICE,
+        subset=Subset(inputs=lambda x: (x[0], x[1], x[2][:part], x[3][:part]), output=lambda y: y[:part]),
     )
-    out.loss.backward()
-    assert hidden.grad is not None and weight.grad is not None
-    return out.loss.detach(), hidden.grad, weight.grad
 
 
-def composed(x: Inputs) -> Result:
-    """mk.policy_loss(mk.linear_logprob(...)): what another loss would take, four GEMMs."""
-    hidden, weight = _leaves(x)
-    logp = mk.linear_logprob(hidden, weight, x.target, rows=x.rows).logp
-    loss = mk.policy_loss(logp, x.old_logp, x.advantage, x.seq, denom=x.denom).loss
-    loss.backward()
-    assert hidden.grad is not None and weight.grad is not None
-    return loss.detach(), hidden.grad, weight.grad
+def _cce(module: Any) -> Fn:
+    def run(hidden: Any, weight: Any, target: Any) -> torch.Tensor:
+        loss: torch.Tensor = module.linear_cross_entropy(hidden, weight, target, reduction="none")
+        return loss
+
+    return run
 
 
-def eager(x: Inputs) -> Result:
-    """Full logits of all rows."""
-    hidden, weight = _leaves(x)
-    logits = F.linear(hidden, weight).float()
-    target = torch.zeros(len(hidden), dtype=torch.int64)
-    target[x.rows] = x.target
-    logp = logits.log_softmax(-1).gather(1, target[:, None])[:, 0][x.rows]
-    loss = loss_sum(logp, x.old_logp, x.advantage[x.seq]) / x.denom
-    loss.backward()
-    assert hidden.grad is not None and weight.grad is not None
-    return loss.detach(), hidden.grad, weight.grad
+def _liger(module: Any) -> Fn:
+    """The Hopper kernel of 0.8.2 and later: negative log-prob per row, with a temperature."""
+
+    def run(hidden: Any, weight: Any, target: Any) -> torch.Tensor:
+        out = module.LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target, 1.0)
+        return out[0] if isinstance(out, tuple) else out
+
+    module.LigerFusedLinearScaledCrossEntropyFunction  # noqa: B018  (an older version: the AttributeError is the reason)
+    return run
 
 
-def gathered(x: Inputs) -> Result:
-    """Full logits of the selected rows."""
-    hidden, weight = _leaves(x)
-    logp = F.linear(hidden[x.rows], weight).float().log_softmax(-1).gather(1, x.target[:, None])[:, 0]
-    loss = loss_sum(logp, x.old_logp, x.advantage[x.seq]) / x.denom
-    loss.backward()
-    assert hidden.grad is not None and weight.grad is not None
-    return loss.detach(), hidden.grad, weight.grad
+def _verl(module: Any) -> Fn:
+    """The kernel file alone: the package around it wants a whole trainer. Its Triton kernels are imported late."""
+    importlib.import_module(f"{VERL.rpartition('.')[0]}.kernels")
+
+    def run(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
+        logp: torch.Tensor = module.linear_cross_entropy(hidden.index_select(0, rows), weight, target, 1.0, "none")[0]
+        return logp
+
+    return run
 
 
-def chunked(x: Inputs, budget: int = CHUNK_BYTES["cpu"]) -> Result:
-    """Selected rows in chunks; gradients are taken in each chunk."""
-    count, vocab = len(x.rows), len(x.weight)
-    parts = -(-count * vocab * 4 // budget)
-    step = -(-count // parts)
-    selected = x.hidden[x.rows]
-    d_selected, total = torch.empty_like(selected), torch.zeros(())
-    d_weight: torch.Tensor | None = None
-    for start in range(0, count, step):
-        part = slice(start, start + step)
-        hidden, weight = selected[part].detach().requires_grad_(), x.weight.detach().requires_grad_()
-        logp = F.linear(hidden, weight).float().log_softmax(-1).gather(1, x.target[part, None])[:, 0]
-        loss = loss_sum(logp, x.old_logp[part], x.advantage[x.seq[part]]) / x.denom
-        d_selected[part], dw = torch.autograd.grad(loss, [hidden, weight])
-        if step >= count:
-            d_weight = dw
-        elif d_weight is None:
-            d_weight = dw.float()
-        else:
-            d_weight += dw
-        total += loss.detach()
-    d_hidden = torch.zeros_like(x.hidden)
-    d_hidden[x.rows] = d_selected
-    assert d_weight is not None
-    return total, d_hidden, d_weight.to(x.weight.dtype)
+def _trl(module: Any) -> Fn:
+    """TRL's chunked path: vocabulary chunks of 8192, its default, and an online log-sum-exp."""
+    importlib.import_module("trl.trainer.utils")  # its backward asks for it
+
+    def run(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
+        selected = hidden.index_select(0, rows)
+        logp: torch.Tensor = module.ChunkedLogProbFunction.apply(
+            selected, weight, None, target, 1.0, 8192, None, 1.0, ()
+        )[0]
+        return logp
+
+    return run
 
 
-def chunked_whole(x: Inputs) -> Result:
-    """The same in one chunk."""
-    return chunked(x, 1 << 62)
+# ------------------------------------------------------------------------------------------------- losses
 
 
-def torch_lce(x: Inputs) -> Result:
-    """torch's own fused head; the mean of -logp, not the policy loss."""
-    hidden, weight = _leaves(x)
-    options = torch.nn.LinearCrossEntropyOptions()
-    loss = F.linear_cross_entropy(hidden[x.rows], weight, x.target, options=options)
-    loss.backward()
-    assert hidden.grad is not None and weight.grad is not None
-    return loss.detach(), hidden.grad, weight.grad
+def token_losses(logp: Any, old: Any, advantage: Any) -> torch.Tensor:
+    """GRPO's clipped objective per token, negated."""
+    ratio = (logp - old).exp()
+    low, high = 1 - SPEC.clip_low, 1 + SPEC.clip_high
+    return -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
 
 
-def implementations() -> tuple[dict[str, Callable[[Inputs], Result]], dict[str, str]]:
-    """Those that run here, and why the others do not."""
-    found: dict[str, Callable[[Inputs], Result]] = {
-        "ours": ours,
-        "composed": composed,
-        "eager": eager,
-        "gathered": gathered,
-        "chunked": chunked,
-        "chunked_whole": chunked_whole,
-    }
-    missing = {}
-    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        found["torch_lce"] = torch_lce
-    else:
-        missing["torch_lce"] = f"torch {torch.__version__} has no chunked F.linear_cross_entropy"
-    for name, module in (("liger", "liger_kernel"), ("trl", "trl")):
-        there = importlib.util.find_spec(module) is not None
-        missing[name] = f"{module} is " + ("here, but runs on a GPU" if there else "not installed")
-    return found, missing
+TokenLoss = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
-class PeakMemory:
-    """Largest resident size of this process beyond that at entry, in bytes, polled by a thread."""
-
-    def __enter__(self) -> "PeakMemory":
-        self._stop = threading.Event()
-        self._base = self.peak = self._resident()
-        self._thread = threading.Thread(target=self._poll)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.peak -= self._base
+class _Chunked(torch.autograd.Function):
+    """A loss that is a sum over rows, in chunks of rows; gradients are formed with it, in float32 or wider."""
 
     @staticmethod
-    def _resident() -> int:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, loss: TokenLoss, budget: float
+    ) -> torch.Tensor:
+        rows = len(hidden)
+        parts = max(1, -(-rows * len(weight) * 4 // int(budget)))
+        step = -(-rows // parts)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        needs = any(ctx.needs_input_grad)
+        total = hidden.new_zeros((), dtype=wide)
+        to_hidden, to_weight = torch.empty_like(hidden), None
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            h, w = hidden[part].detach(), weight.detach()
+            with torch.set_grad_enabled(needs):
+                leaves = [h.requires_grad_(needs), w.requires_grad_(needs)]
+                log_p = F.linear(*leaves).to(wide).log_softmax(-1)
+                value = loss(log_p.gather(1, target[part, None])[:, 0], part).sum()
+            total += value.detach()
+            if not needs:
+                continue
+            to_hidden[part], dw = torch.autograd.grad(value, leaves)
+            if parts == 1:
+                to_weight = dw
+            elif to_weight is None:
+                to_weight = dw.to(wide)
+            else:
+                to_weight += dw
+        ctx.grads = (to_hidden, to_weight.to(weight.dtype)) if to_weight is not None else None
+        return total
 
-    def _poll(self) -> None:
-        while not self._stop.wait(0.001):
-            self.peak = max(self.peak, self._resident())
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        to_hidden, to_weight = ctx.grads
+        if float(grad) != 1.0:
+            to_hidden, to_weight = to_hidden * grad, to_weight * grad
+        return to_hidden, to_weight, None, None, None
 
 
-def check(name: str, got: Result, want: Result) -> float:
-    """The largest relative error (2-norm) beside float64; raises when it is not rounding."""
-    limit, worst = (2e-3 if got[1].dtype == torch.float32 else 0.3), 0.0
-    for part, mine, theirs in zip(("loss", "d hidden", "d weight"), got, want, strict=True):
-        error = float((mine.double() - theirs).norm() / theirs.norm())
-        if not error < limit:
-            raise RuntimeError(f"{name}: {part} is off by {error:.2e}; a wrong implementation must not be timed")
-        worst = max(worst, error)
-    return worst
+def _selected(s: Setup, share: float) -> torch.Tensor:
+    """The last rows of each sequence: int64 [M]."""
+    row = torch.arange(s.N)
+    return row[row % RUN >= RUN - max(1, int(RUN * share + 0.5))].to(s.device)
 
 
-def reference(x: Inputs) -> Result:
-    """float64, in chunks; weight's gradient in float32 to save memory."""
-    hidden, weight = x.hidden.double(), x.weight.double()
-    d_hidden, total = torch.zeros_like(hidden), torch.zeros((), dtype=torch.float64)
-    d_weight = torch.zeros(x.weight.shape, dtype=torch.float32)
-    for start in range(0, len(x.rows), 64):
-        part = slice(start, start + 64)
-        h = hidden[x.rows[part]]
-        logits = (h @ weight.T).requires_grad_()
-        logp = logits.log_softmax(-1).gather(1, x.target[part, None])[:, 0]
-        loss = loss_sum(logp, x.old_logp[part].double(), x.advantage[x.seq[part]].double()) / x.denom
-        (dz,) = torch.autograd.grad(loss, [logits])
-        d_hidden[x.rows[part]] = dz @ weight
-        d_weight += (dz.T @ h).float()
-        total += loss.detach()
-    return total, d_hidden, d_weight
+def _budget(s: Setup) -> float:
+    return CHUNK_BYTES if s.device.type == "cpu" else 16 * CHUNK_BYTES
 
 
-def run(shape: str, dtype: str, rounds: int, names: list[str] | None, clock: Callable[[], float]) -> None:
-    """Check, time and print one table."""
-    depth, vocab, count = SHAPES[shape]
-    x = make_inputs(depth, vocab, count, DTYPES[dtype])
-    found, missing = implementations()
-    found = {k: v for k, v in found.items() if names is None or k == "ours" or k in names}
-    want = reference(x)
-    memory, errors = {}, {}
-    for name, fn in found.items():
-        with PeakMemory() as peak:
-            got = fn(x)
-        returned = sum(g.numel() * g.element_size() for g in got[1:])
-        memory[name] = max(peak.peak - returned - vocab * depth * 4, 0)
-        errors[name] = f"{check(name, got, want):.1e}" if name != "torch_lce" else "-"
-        del got
-    del want
-    seconds: dict[str, list[float]] = {name: [] for name in found}
-    for _ in range(rounds):
-        for name, fn in found.items():
-            start = clock()
-            fn(x)
-            seconds[name].append(clock() - start)
-    gemm = 6 * len(x.rows) * depth * vocab / 1e9
-    print(
-        f"\n{shape} {dtype}: D={depth} V={vocab} rows={count} selected={len(x.rows)} "
-        f"threads={torch.get_num_threads()}"
+def _baseline(s: Setup) -> str:
+    return "torch" if 4.0 * s.N * s.V < EAGER_BYTES else "torch-chunked"
+
+
+def _costs(s: Setup, rows: int) -> dict[str, Any]:
+    """What any method must move and multiply; three GEMMs with gradients."""
+    flops, size = _flops(s, rows), s.dtype.itemsize
+    moved = (rows * s.D + s.V * s.D) * size
+    return {
+        "bytes": {"fwd": moved, "both": 2.0 * moved + s.N * s.D * size},
+        "flops": {"fwd": flops, "both": 3 * flops},
+    }
+
+
+@case(
+    "linear_policy_loss",
+    shapes=_loss_shapes(),
+    dtypes=(torch.bfloat16, torch.float32),
+    smoke=("smollm2-135m-128-50pct",),
+    nightly=NIGHTLY,
+    first=FIRST,
+)
+def linear_policy_loss(s: Setup) -> Case:
+    """GRPO's loss straight from hidden states, gradients included."""
+    rows = _selected(s, s.M / s.N)
+    count = len(rows)
+    costs = _costs(s, count)
+    hidden, weight = s.randn(s.N, s.D), s.randn(s.V, s.D, scale=3 * s.D**-0.5)
+    target, seq = s.randint(s.V, count), rows // RUN
+    with torch.no_grad():
+        logp = mk.linear_logprob(hidden, weight, target, rows=rows).logp
+    # Ratios stay off the clips: a token that one dtype clips and another does not would be all of the error, and
+    # rows without a gradient, which ours skips, would flatter it.
+    old = logp + 0.2 * (s.rand(count, dtype=torch.float32) - 0.5)
+    inputs = (hidden, weight, target, rows, old, s.randn(s.N // RUN, dtype=torch.float32), seq)
+    denom = float(count)
+
+    def m2(hidden: Any, weight: Any, target: Any, rows: Any, old: Any, advantage: Any, seq: Any) -> torch.Tensor:
+        found = mk.linear_policy_loss(hidden, weight, target, old, advantage, seq, denom=denom, spec=SPEC, rows=rows)
+        return found.loss
+
+    def two_ops(hidden: Any, weight: Any, target: Any, rows: Any, old: Any, advantage: Any, seq: Any) -> torch.Tensor:
+        logp = mk.linear_logprob(hidden, weight, target, rows=rows).logp
+        return mk.policy_loss(logp, old, advantage, seq, denom=denom, spec=SPEC).loss
+
+    def full(hidden: Any, weight: Any, target: Any, rows: Any, old: Any, advantage: Any, seq: Any) -> torch.Tensor:
+        everywhere = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device).index_copy(0, rows, target)
+        logp = eager(hidden, weight, everywhere, torch.arange(len(hidden), device=hidden.device))[rows]
+        return token_losses(logp, old, advantage[seq]).sum() / denom
+
+    def gathered(
+        hidden: Any, weight: Any, target: Any, rows: Any, old: Any, advantage: Any, seq: Any
+    ) -> torch.Tensor:
+        return token_losses(eager(hidden, weight, target, rows), old, advantage[seq]).sum() / denom
+
+    def chunked(budget: float) -> Fn:
+        def run(hidden: Any, weight: Any, target: Any, rows: Any, old: Any, advantage: Any, seq: Any) -> torch.Tensor:
+            each = advantage[seq]
+
+            def loss(logp: torch.Tensor, part: slice) -> torch.Tensor:
+                return token_losses(logp, old[part], each[part]) / denom
+
+            total: torch.Tensor = _Chunked.apply(hidden.index_select(0, rows), weight, target, loss, budget)
+            return total
+
+        return run
+
+    def trl(module: Any) -> Fn:
+        logp_of = _trl(module)
+
+        def run(hidden: Any, weight: Any, target: Any, rows: Any, old: Any, advantage: Any, seq: Any) -> torch.Tensor:
+            return token_losses(logp_of(hidden, weight, target, rows), old, advantage[seq]).sum() / denom
+
+        return run
+
+    one: dict[str, Any] = {"device": s.device}
+    impls: dict[str, Impl] = {
+        "m2": m2,
+        "m2-two-ops": two_ops,
+        "torch": full if _baseline(s) == "torch" else Skip("full logits of all rows do not fit"),
+        "torch-gathered": gathered if 4.0 * count * s.V < EAGER_BYTES else Skip("full logits do not fit"),
+        "torch-chunked": chunked(_budget(s)),
+        "compile": compiled(full) if _baseline(s) == "torch" else Skip("full logits of all rows do not fit"),
+        "liger": peers.peer(
+            "liger-chunked", module="liger_kernel.chunked_loss", adapt=lambda m: _liger_grpo(m, s, count), **one
+        ),
+        "trl": peers.peer("trl", module="trl.kernels.chunked_logprob", adapt=trl, **one),
+    }
+    return Case(
+        oracle=chunked(8 * _budget(s)),
+        inputs=inputs,
+        grad=torch.ones((), device=s.device),
+        wrt=(0, 1),
+        impls=impls,
+        baseline=_baseline(s),
+        ours=("m2", "m2-two-ops"),
+        eps=EPS[s.dtype],
+        pure=s.V * s.D * 4 < 1e9,  # a second set of inputs and their float64 gradients would be 10 GB
+        **costs,
+        **DEVICE,
     )
-    print(f"{'':<14} {'time / ours':>12} {'ms':>9} {'GF/s':>7} {'MiB':>8} {'of eager':>9} {'error':>8}")
-    for name, times in seconds.items():
-        ratio = statistics.median(t / o for t, o in zip(times, seconds["ours"], strict=True))
-        middle = statistics.median(times)
-        share = f"{memory[name] / memory['eager']:.1%}" if memory.get("eager") else "-"
-        print(
-            f"{name:<14} {ratio:>12.2f} {middle * 1e3:>9.1f} {gemm / middle:>7.0f} "
-            f"{memory[name] / 2**20:>8.0f} {share:>9} {errors[name]:>8}"
-        )
-    for name, why in missing.items():
-        print(f"{name:<14} not run: {why}")
 
 
-def main() -> None:
-    """Run the shapes and dtypes asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, nargs="*", default=list(SHAPES))
-    parser.add_argument("--dtype", choices=DTYPES, nargs="*", default=list(DTYPES))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", help="implementations to run beside ours")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: for a machine that is not idle"
+def _liger_grpo(module: Any, s: Setup, count: int) -> Fn:
+    """Liger's chunked loss on the replies alone, [sequences, reply, D], in one chunk: its fastest; not compiled."""
+    sequences = s.N // RUN
+    loss = module.LigerFusedLinearGRPOLoss(
+        beta=0.0,
+        compiled=False,
+        use_ref_model=False,
+        chunk_size=sequences,
+        epsilon_low=SPEC.clip_low,
+        epsilon_high=SPEC.clip_high,
+        loss_type="dr_grpo",
+        max_completion_length=count // sequences,
     )
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    clock = time.perf_counter if args.clock == "wall" else time.process_time
-    for shape in args.shape:
-        for dtype in args.dtype:
-            run(shape, dtype, args.rounds, args.only, clock)
+
+    def run(hidden: Any, weight: Any, target: Any, rows: Any, old: Any, advantage: Any, seq: Any) -> torch.Tensor:
+        def square(x: torch.Tensor) -> torch.Tensor:
+            return x.view(sequences, count // sequences, *x.shape[1:])
+
+        mask = torch.ones_like(square(target))
+        value: torch.Tensor = loss(
+            square(hidden.index_select(0, rows)),
+            weight,
+            square(target),
+            mask,
+            advantage,
+            old_per_token_logps=square(old),
+        )[0]
+        return value
+
+    return run
 
 
-if __name__ == "__main__":
-    main()
+@case(
+    "linear_nll",
+    shapes=_loss_shapes(),
+    dtypes=(torch.bfloat16, torch.float32),
+    smoke=("smollm2-135m-128-50pct",),
+    nightly=NIGHTLY,
+    first=FIRST,
+)
+def linear_nll(s: Setup) -> Case:
+    """Mean negative log-prob at some rows: supervised heads compute nothing else, so here they are peers."""
+    rows = _selected(s, s.M / s.N)
+    count = len(rows)
+    costs = _costs(s, count)
+    inputs = (s.randn(s.N, s.D), s.randn(s.V, s.D, scale=3 * s.D**-0.5), s.randint(s.V, count), rows)
+    seq, ones = torch.zeros_like(rows), torch.ones(1, device=s.device)
+
+    def m2(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
+        """On-policy CISPO with advantage 1 is the sum of log-probs."""
+        spec = mk.LossSpec(kind="cispo")
+        return mk.linear_policy_loss(hidden, weight, target, None, ones, seq, denom=count, spec=spec, rows=rows).loss
+
+    def full(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
+        everywhere = torch.full((len(hidden),), -100, dtype=torch.int64, device=hidden.device)
+        logits = F.linear(hidden, weight)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(logits, everywhere.index_copy(0, rows, target))
+
+    def chunked(budget: float) -> Fn:
+        def run(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
+            selected = hidden.index_select(0, rows)
+            total: torch.Tensor = _Chunked.apply(selected, weight, target, lambda logp, _: -logp / count, budget)
+            return total
+
+        return run
+
+    def torch_own(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
+        options = torch.nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(hidden.index_select(0, rows), weight, target, options=options)
+
+    there = hasattr(torch.nn, "LinearCrossEntropyOptions")
+    old = Skip(f"torch {torch.__version__} has no chunked F.linear_cross_entropy")
+    return Case(
+        oracle=chunked(8 * _budget(s)),
+        inputs=inputs,
+        grad=torch.ones((), device=s.device),
+        wrt=(0, 1),
+        impls={
+            "m2": m2,
+            "torch": full if _baseline(s) == "torch" else Skip("full logits of all rows do not fit"),
+            "torch-chunked": chunked(_budget(s)),
+            "torch-lce": torch_own if there else old,
+            "cce": peers.peer("cce", s.device, "cut_cross_entropy", lambda m: _mean_on_rows(m.linear_cross_entropy)),
+            "quack": peers.peer("quack", s.device, "quack.linear_cross_entropy", _quack),
+        },
+        baseline=_baseline(s),
+        eps=EPS[s.dtype],
+        pure=s.V * s.D * 4 < 1e9,
+        **costs,
+        **DEVICE,
+    )
+
+
+def _mean_on_rows(fn: Fn) -> Fn:
+    def run(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
+        loss: torch.Tensor = fn(hidden.index_select(0, rows), weight, target)
+        return loss
+
+    return run
+
+
+def _quack(module: Any) -> Fn:
+    return _mean_on_rows(lambda h, w, y: module.chunked_linear_cross_entropy(h, w, y, reduction="mean"))

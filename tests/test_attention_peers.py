@@ -1,4 +1,4 @@
-"""The peers of tree attention compute tree attention: those that a CPU can run, and the others' adapters on a stand-in."""
+"""Peers of tree attention compute tree attention: those that a CPU can run; adapters of the others, on stand-ins."""
 
 import numpy as np
 import pytest

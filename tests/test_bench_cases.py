@@ -24,13 +24,15 @@ def tiny(tmp_path):
 
 def test_the_project_has_its_cases():
     specs = registry.load(ROOT / "benchmarks")
-    names = {"policy_loss", "group_advantage", "packer", "lm_head", "weight_sync", "learner_step"}
+    names = {"policy_loss", "group_advantage", "packer", "weight_sync", "learner_step"} | set(SMALL)
     assert names <= specs.keys()
     for spec in specs.values():
         assert spec.doc and spec.smoke and set(spec.smoke) <= set(spec.shapes)
 
 
-SMALL = {"policy_loss": "2k", "group_advantage": "128", "packer": "256x8", "lm_head": "smollm2-135m-128-50pct"}
+HEADS = ("lm_head", "linear_policy_loss", "linear_nll")
+SMALL = {"policy_loss": "2k", "group_advantage": "128", "packer": "256x8"}
+SMALL |= dict.fromkeys(HEADS, "smollm2-135m-128-50pct")
 
 
 @pytest.mark.parametrize(("name", "shape"), SMALL.items())

@@ -1,14 +1,12 @@
-"""m2kernels.linear_policy_loss: float64 oracle, the two ops one after the other, main_grad, recompute."""
+"""m2kernels.linear_policy_loss: float64 oracle, the two ops one after the other, hostile inputs, opcheck, compile."""
 
 import pytest
 import torch
 from head_cases import plain_torch as plain_head
 from kernel_testing import assert_kernel
 from policy_cases import SPECS, ids
-from torch.utils.checkpoint import checkpoint
 
 import m2kernels as mk
-from m2kernels._main_grad import assert_factor
 from m2kernels.linear_logprob import unsupported_reason
 from m2kernels.reference import linear_policy_loss_ref
 
@@ -204,83 +202,124 @@ def test_mixed_dtypes_and_autocast(backend):
         torch.testing.assert_close(a.bfloat16(), b, rtol=2**-6, atol=1e-3)
 
 
-# ---- main_grad
-def main_grad_step(leaves, case, main_grad, grad_scale, upstream, *, spec=None, wrap=None, **kwargs):
-    """One forward and backward; returns the gradient of hidden."""
-    spec = spec or mk.LossSpec()
-    hidden = leaves[0].detach().requires_grad_()
+# ---- Hostile inputs: what test_linear_logprob.py does to the head, done to the loss.
+def head_case(vocab, depth, lengths, dtype=torch.float32, *, scale=3.0, offset=0.0, hidden_rows=9):
+    """(leaves, keyword arguments) of a plain loss on any head; old log-probs lie near the new ones."""
+    g = torch.Generator().manual_seed(0)
+    m = sum(lengths)
+    hidden = torch.randn(hidden_rows, depth, generator=g)
+    weight = torch.randn(vocab, depth, generator=g) * scale / depth**0.5
+    if offset:
+        hidden[:, 0], weight[:, 0] = 1.0, offset
+    leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+    case = {
+        "target": torch.randint(0, vocab, (m,), generator=g),
+        "rows": torch.randint(0, hidden_rows, (m,), generator=g),
+        "seq": torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
+        "temperature": torch.rand(m, generator=g) + 0.5,
+        "advantage": torch.randn(len(lengths), generator=g),
+    }
+    wide = [x.detach().double() for x in leaves]
+    exact, _ = plain_head(*wide, case["target"], rows=case["rows"], temperature=case["temperature"].double())
+    # 0.1 from the old policy: nowhere near a clip, which a rounding could switch.
+    case["old_logp"] = exact.float() + 0.1 * torch.randn(m, generator=g).clamp(-1, 1)
+    return leaves, case
 
-    def forward(h):
-        return mk.linear_policy_loss(
-            h * 1.0, leaves[1], denom=7.0, spec=spec, main_grad=main_grad, grad_scale=grad_scale,
-            **for_spec(case, spec), **kwargs,
-        ).loss  # fmt: skip
 
-    loss = forward(hidden) if wrap is None else wrap(forward, hidden)
-    (loss * upstream).backward()
-    assert leaves[1].grad is None
-    return hidden.grad
+def assert_loss(leaves, case, spec, backend, eps=1e-6, **kwargs):
+    want_loss, want, _ = oracle(leaves, case, spec)
+    plain_loss, plain, _ = run(leaves, case, spec, plain_torch)
+    loss, grads, out = run(leaves, case, spec, backend=backend, **kwargs)
+    assert_kernel("loss", loss, plain_loss, want_loss, eps=eps)
+    for name, mine, torchs, exact in zip(("hidden", "weight"), grads, plain, want, strict=False):
+        assert_kernel(name, mine, torchs, exact, eps=eps)
+    return out
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("grad_scale", [None, 2.5])
+@pytest.mark.parametrize(
+    ("vocab", "depth", "lengths"),
+    [(128, 64, [9, 20, 4]), (50257, 32, [5, 7]), (49152, 33, [5, 7]), (151936, 16, [2, 3]), (129, 3, [1])],
+)
+def test_vocabularies(backend, vocab, depth, lengths, dtype):
+    leaves, case = head_case(vocab, depth, lengths, dtype)
+    assert_loss(leaves, case, mk.LossSpec(entropy_coef=0.1), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_logits_and_a_common_offset(backend, dtype):
+    leaves, case = head_case(300, 32, [9, 14], dtype, scale=12.0, offset=1000.0)
+    out = assert_loss(leaves, case, mk.LossSpec(kind="cispo"), backend)
+    assert bool((out.logp <= 0).all()) and float(out.logp.min()) < -20
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unlikely_and_confident_targets(backend):
+    # p ~ e^-80 beside p ~ 1 - e^-40: one gradient is all of a row, the other almost nothing.
+    leaves = [torch.eye(4).requires_grad_(), torch.zeros(260, 4).requires_grad_()]
+    with torch.no_grad():
+        leaves[1][7] = torch.tensor([80.0, 85.0, 45.0, 90.0])
+    case = {
+        "target": torch.tensor([200, 200, 7, 7]),
+        "rows": torch.arange(4),
+        "seq": torch.arange(4),
+        "advantage": torch.ones(4),
+        "old_logp": torch.tensor([-80.0, -85.0, 0.0, 0.0]),
+        "temperature": torch.ones(4),
+    }
+    out = assert_loss(leaves, case, mk.LossSpec(), backend)
+    assert out.logp[:2].tolist() == pytest.approx([-80, -85], rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_are_not_selected_do_not_matter(backend):
+    leaves, case = make_case()
+    case["rows"] = case["rows"] // 2
+    spec = mk.LossSpec(kind="gspo", entropy_coef=0.1)
+    clean = run(leaves, case, spec, backend=backend)
+    hidden = leaves[0].detach().clone()
+    hidden[HIDDEN // 2 :] = float("nan")
+    dirty = run([hidden.requires_grad_(), leaves[1]], case, spec, backend=backend)
+    assert torch.equal(clean[0], dirty[0])
+    for a, b in zip(clean[1], dirty[1], strict=True):
+        assert torch.equal(a, b)
+    assert not dirty[1][0][HIDDEN // 2 :].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts_and_index_types(backend):
+    leaves, case = make_case()
+    want = run(leaves, case, mk.LossSpec(), backend=backend)
+
+    def strided(x):
+        return torch.stack([x, x], dim=-1)[..., 0]
+
+    other = {k: strided(v) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
+    for name in ("target", "rows", "seq"):
+        other[name] = other[name].int()
+    others = [strided(leaves[0].detach()).requires_grad_(), leaves[1].detach().t().contiguous().t().requires_grad_()]
+    assert not any(x.is_contiguous() for x in (*others, other["old_logp"], other["advantage"]))
+    got = run(others, other, mk.LossSpec(), backend=backend)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=0)
+    for a, b in zip(got[1], want[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["grpo", "gspo"])
-def test_main_grad_gets_dw_once(backend, dtype, grad_scale, kind):
+def test_forward_is_the_same_to_the_bit_in_any_chunk_and_batch(dtype, kind):
     leaves, case = make_case(dtype)
-    spec = mk.LossSpec(kind=kind)
-    wide = [x.detach().float().requires_grad_() for x in leaves]
-    _, want, _ = run(wide, case, spec, backend=backend, upstream=2.5)
+    spec = mk.LossSpec(kind=kind, entropy_coef=0.1)
+    loss, _, whole = run(leaves, case, spec, backend="cpu")
     for chunk_bytes in (1, TINY, 1 << 26):
-        main_grad = torch.ones(VOCAB, DEPTH)
-        for _ in range(2):  # two micro-batches
-            got = main_grad_step(
-                leaves, case, main_grad, grad_scale, 2.5, spec=spec, backend=backend, chunk_bytes=chunk_bytes
-            )
-        tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
-        torch.testing.assert_close(main_grad, 1 + 2 * want[1], **tolerance)
-        torch.testing.assert_close(got.float(), want[0], **tolerance)
-
-
-@pytest.mark.parametrize("grad_scale", [None, 2.5])
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_recompute_never_counts_twice(grad_scale, reentrant):
-    leaves, case = make_case()
-    want = torch.zeros(VOCAB, DEPTH)
-    hidden = main_grad_step(leaves, case, want, grad_scale, 2.5)
-    calls = []
-
-    def wrap(forward, h):
-        def counted(x):
-            calls.append(1)
-            return forward(x.exp().log())  # something to recompute for
-
-        return checkpoint(counted, h, use_reentrant=reentrant)
-
-    leaves[0] = (leaves[0].detach().abs() + 0.1).requires_grad_()
-    want.zero_()
-    hidden = main_grad_step(leaves, case, want, grad_scale, 2.5)
-    main_grad = torch.zeros(VOCAB, DEPTH)
-    got = main_grad_step(leaves, case, main_grad, grad_scale, 2.5, wrap=wrap)
-    assert len(calls) == 2
-    torch.testing.assert_close(main_grad, want, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(got, hidden, rtol=1e-4, atol=1e-5)
-    # A forward that is dropped does not silence later ones.
-    main_grad_step(leaves, case, main_grad.zero_(), grad_scale, 2.5, wrap=wrap)
-    torch.testing.assert_close(main_grad, want, rtol=1e-4, atol=1e-5)
-
-
-def test_another_factor_than_grad_scale_raises():
-    leaves, case = make_case()
-    with pytest.raises(ValueError, match=r"brings a gradient of 2.0; expected grad_scale=4.0"):
-        main_grad_step(leaves, case, torch.zeros(VOCAB, DEPTH), 4.0, 2.0)
-
-
-def test_the_factor_is_checked_without_a_host_read():
-    # What a GPU does; there a false assertion ends the process.
-    assert_factor("op", torch.tensor(4.0), 4.0)
-    with pytest.raises(RuntimeError, match="op: the backward brings another gradient than grad_scale=4.0"):
-        assert_factor("op", torch.tensor(4.1), 4.0)
+        other_loss, _, out = run(leaves, case, spec, backend="cpu", chunk_bytes=chunk_bytes)
+        assert torch.equal(out.logp, whole.logp) and torch.equal(out.entropy, whole.entropy)
+        assert torch.equal(other_loss, loss)
+    part = {k: v[8:38] if isinstance(v, torch.Tensor) and k != "advantage" else v for k, v in case.items()}
+    out = run(leaves, part, spec, backend="cpu")[2]
+    assert torch.equal(out.logp, whole.logp[8:38]) and torch.equal(out.entropy, whole.entropy[8:38])
 
 
 def test_second_backward_raises():

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import test_linear_policy_loss as policy
 from kernel_testing import assert_kernel
 from triton_head_cases import (
     HeadCase,
@@ -275,3 +276,65 @@ def test_linear_policy_loss_end_to_end():
         results.append((out.loss.detach(), out.logp, hidden.grad, weight.grad))
     for triton_value, torch_value in zip(*results, strict=True):
         torch.testing.assert_close(triton_value, torch_value, rtol=2e-2, atol=2e-3)
+
+
+# ---- The matrix of the C++ kernels' tests, end to end.
+@pytest.mark.parametrize(
+    ("vocab", "depth", "lengths", "dtype"),
+    [
+        (128, 64, [9, 20], torch.bfloat16),
+        (50257, 32, [3, 2], torch.bfloat16),
+        (49152, 40, [3, 2], torch.float32),
+        (151936, 16, [2, 1], torch.bfloat16),
+        (300, 32, [1], torch.float32),
+    ],
+    ids=str,
+)
+def test_vocabularies(vocab, depth, lengths, dtype):
+    leaves, case = policy.head_case(vocab, depth, lengths, dtype)
+    policy.assert_loss(leaves, case, mk.LossSpec(entropy_coef=0.1), "triton")
+
+
+@pytest.mark.parametrize("kind", ["gspo", "cispo"])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_policy_losses(kind, dtype):
+    leaves, case = policy.head_case(300, 32, [9, 14, 1], dtype)
+    policy.assert_loss(leaves, case, mk.LossSpec(kind=kind), "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_large_logits_and_a_common_offset(dtype):
+    leaves, case = policy.head_case(300, 32, [9, 14], dtype, scale=12.0, offset=1000.0)
+    policy.assert_loss(leaves, case, mk.LossSpec(kind="cispo"), "triton")
+
+
+def test_confident_tokens_are_exact():
+    # Integer logits, the target ahead by 9 to 60: |logp| from 1e-2 to 1e-24.
+    lead = torch.arange(9, 61).float()
+    hidden = torch.zeros(len(lead), 4)
+    hidden[:, 0], hidden[:, 1] = lead, 1.0
+    weight = torch.zeros(64, 4)
+    weight[5, 0] = 1.0
+    weight[:, 1] = 1000.0 - torch.arange(64) % 3 * (torch.arange(64) != 5)
+    out = mk.linear_logprob(hidden, weight, torch.full((len(lead),), 5), backend="triton")
+    z = hidden.double() @ weight.double().T
+    others = (z - z[:, 5:6]).exp()
+    others[:, 5] = 0
+    exact = -others.sum(dim=1).log1p()
+    assert float(exact.abs().max()) < 1e-2
+    assert float(((out.logp.double() - exact) / exact).abs().max()) <= 1e-6
+
+
+def test_no_rows_no_gradient_and_layouts():
+    hidden, weight = torch.randn(7, 32, requires_grad=True), torch.randn(300, 32, requires_grad=True)
+    none = torch.empty(0, dtype=torch.int32)
+    out = mk.linear_logprob(hidden, weight, none, rows=none, entropy=True, backend="triton")
+    assert out.logp.shape == out.entropy.shape == (0,)
+    assert not any(g.any() for g in torch.autograd.grad(out.logp.sum() + out.entropy.sum(), [hidden, weight]))
+    target = torch.arange(7)
+    out = mk.linear_logprob(hidden, weight, target, backend="triton")
+    assert not any(g.any() for g in torch.autograd.grad(out.logp, [hidden, weight], torch.zeros(7)))
+    strided = torch.stack([hidden.detach(), hidden.detach()], dim=2)[:, :, 0]
+    across = weight.detach().t().contiguous().t()
+    assert not strided.is_contiguous() and not across.is_contiguous()
+    assert torch.equal(mk.linear_logprob(strided, across, target.int(), backend="triton").logp, out.logp)

@@ -8,6 +8,32 @@
 namespace m2k {
 namespace {
 
+// What is given by row.
+HeadLogits head_rows(const Tensor& target, int64_t rows, const MaybeTensor& inv_temperatures,
+                     double inv_temperature) {
+  HeadLogits a;
+  a.rows = rows;
+  check_vector("target", target, ScalarType::Long, rows);
+  a.target = static_cast<const int64_t*>(target.const_data_ptr());
+  a.inv_temperatures = floats("inv_temperatures", inv_temperatures, rows);
+  a.inv_temperature = static_cast<float>(inv_temperature);
+  return a;
+}
+
+HeadGradArgs head_grads(int64_t rows, const Tensor& log_norm, const Tensor& log_norm_low,
+                        const Tensor& logp, const MaybeTensor& entropy, const Tensor& grad_logp,
+                        const MaybeTensor& grad_entropy) {
+  HeadGradArgs g;
+  g.log_norm = floats("log_norm", log_norm, rows);
+  g.log_norm_low = floats("log_norm_low", log_norm_low, rows);
+  g.logp = floats("logp", logp, rows);
+  g.entropy = floats("entropy", entropy, rows);
+  g.grad_logp = floats("grad_logp", grad_logp, rows);
+  g.grad_entropy = floats("grad_entropy", grad_entropy, rows);
+  STD_TORCH_CHECK(!g.grad_entropy || g.entropy, "grad_entropy: given without entropy");
+  return g;
+}
+
 HeadLogits head_logits(const Tensor& logits, const Tensor& target, const MaybeTensor& bias,
                        const MaybeTensor& inv_temperatures, double inv_temperature,
                        double softcap, int64_t num_valid) {
@@ -16,19 +42,14 @@ HeadLogits head_logits(const Tensor& logits, const Tensor& target, const MaybeTe
   const bool bf16 = logits.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(bf16 || logits.scalar_type() == ScalarType::Float,
                   "logits: expected float32 or bfloat16");
-  HeadLogits a;
-  a.rows = target.numel();
+  HeadLogits a = head_rows(target, target.numel(), inv_temperatures, inv_temperature);
   a.columns = logits.size(1);
   STD_TORCH_CHECK(a.rows <= logits.size(0), "logits: fewer rows than targets");
   STD_TORCH_CHECK(num_valid >= 0 && num_valid <= a.columns, "num_valid: out of range");
-  check_vector("target", target, ScalarType::Long, a.rows);
   a.data = logits.const_data_ptr();
   a.stride = logits.stride(0);
   a.bf16 = bf16;
-  a.target = static_cast<const int64_t*>(target.const_data_ptr());
   a.bias = floats("bias", bias, a.columns);
-  a.inv_temperatures = floats("inv_temperatures", inv_temperatures, a.rows);
-  a.inv_temperature = static_cast<float>(inv_temperature);
   a.softcap = static_cast<float>(softcap);
   a.num_valid = num_valid;
   return a;
@@ -103,12 +124,7 @@ void head_tiles_op(const Tensor& hidden, const Tensor& weight, const Tensor& tar
   const int64_t depth = hidden.size(1);
   STD_TORCH_CHECK(depth < 2 || (hidden.stride(1) == 1 && weight.stride(1) == 1),
                   "hidden, weight: rows are not dense");
-  HeadLogits rows;
-  rows.rows = hidden.size(0);
-  check_vector("target", target, ScalarType::Long, rows.rows);
-  rows.target = static_cast<const int64_t*>(target.const_data_ptr());
-  rows.inv_temperatures = floats("inv_temperatures", inv_temperatures, rows.rows);
-  rows.inv_temperature = static_cast<float>(inv_temperature);
+  const HeadLogits rows = head_rows(target, hidden.size(0), inv_temperatures, inv_temperature);
   HeadGemm a;
   a.rows = rows.rows;
   a.stride = lanes_of(a.rows);
@@ -153,20 +169,9 @@ void head_lanes_op(const Tensor& kept, bool out_bf16, const Tensor& target,
                    const Tensor& log_norm, const Tensor& log_norm_low, const Tensor& logp,
                    const MaybeTensor& entropy, const Tensor& grad_logp,
                    const MaybeTensor& grad_entropy, const MaybeTensor& live) {
-  HeadLogits rows;
-  rows.rows = target.numel();
-  check_vector("target", target, ScalarType::Long, rows.rows);
-  rows.target = static_cast<const int64_t*>(target.const_data_ptr());
-  rows.inv_temperatures = floats("inv_temperatures", inv_temperatures, rows.rows);
-  rows.inv_temperature = static_cast<float>(inv_temperature);
-  HeadGradArgs g;
-  g.log_norm = floats("log_norm", log_norm, rows.rows);
-  g.log_norm_low = floats("log_norm_low", log_norm_low, rows.rows);
-  g.logp = floats("logp", logp, rows.rows);
-  g.entropy = floats("entropy", entropy, rows.rows);
-  g.grad_logp = floats("grad_logp", grad_logp, rows.rows);
-  g.grad_entropy = floats("grad_entropy", grad_entropy, rows.rows);
-  STD_TORCH_CHECK(!g.grad_entropy || g.entropy, "grad_entropy: given without entropy");
+  const HeadLogits rows = head_rows(target, target.numel(), inv_temperatures, inv_temperature);
+  const HeadGradArgs g =
+      head_grads(rows.rows, log_norm, log_norm_low, logp, entropy, grad_logp, grad_entropy);
   HeadLaneGrad a;
   a.stride = lanes_of(rows.rows);
   a.vocab = kept.size(0);
@@ -264,14 +269,8 @@ void head_grad_op(const Tensor& logits, const Tensor& out, const Tensor& target,
                       out.scalar_type() == logits.scalar_type() &&
                       (a.columns < 2 || out.stride(1) == 1),
                   "out: expected the shape and dtype of the logits, the last dimension dense");
-  HeadGradArgs g;
-  g.log_norm = floats("log_norm", log_norm, a.rows);
-  g.log_norm_low = floats("log_norm_low", log_norm_low, a.rows);
-  g.logp = floats("logp", logp, a.rows);
-  g.entropy = floats("entropy", entropy, a.rows);
-  g.grad_logp = floats("grad_logp", grad_logp, a.rows);
-  g.grad_entropy = floats("grad_entropy", grad_entropy, a.rows);
-  STD_TORCH_CHECK(!g.grad_entropy || g.entropy, "grad_entropy: given without entropy");
+  HeadGradArgs g =
+      head_grads(a.rows, log_norm, log_norm_low, logp, entropy, grad_logp, grad_entropy);
   g.out = out.mutable_data_ptr();
   g.out_stride = out.stride(0);
   head_grad_cpu(a, g);

@@ -182,10 +182,16 @@ class HeadKernels:
         if total.dtype == dz.dtype:
             total.addmm_(dz.t(), hidden, beta=0.0 if first else 1.0, alpha=scale)
             return
+        if dz.is_cuda:  # the product is never rounded, and the sum is the GEMM's own: no pass over it
+            if first:
+                torch.mm(dz.t(), hidden, out_dtype=torch.float32, out=total)
+            else:
+                torch.addmm(total, dz.t(), hidden, out_dtype=torch.float32, alpha=scale, out=total)
+            return
         step = max(_GRAD_BLOCK_BYTES // (hidden.shape[1] * 4), 1)
         for start in range(0, dz.shape[1], step):
             block, part = dz[:, start : start + step].t(), total[start : start + step]
-            product = torch.mm(block, hidden, out_dtype=torch.float32) if dz.is_cuda else torch.mm(block, hidden)
+            product = torch.mm(block, hidden)
             if first:
                 part.copy_(product)
             else:

@@ -34,8 +34,18 @@ _GPU_FIELDS = {
 _HARMLESS = 0x1 | 0x2  # idle; clocks as an application asked for them
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """The machine, without names of hosts or users; `id` is the same for the same hardware (and GPU)."""
+def others() -> int:
+    """Processes on the GPU; asked before ours are there, which have other ids in a container."""
+    return len(_smi("--query-compute-apps=pid"))
+
+
+def machine(device: torch.device, neighbours: int | None = None) -> dict[str, Any]:
+    """The machine, without names of hosts or users; `id` is the same for the same hardware (and GPU).
+
+    Args:
+        device: which part of it is measured.
+        neighbours: what `others` said before our first process opened the GPU; None: this is the first.
+    """
     found: dict[str, Any] = {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -46,9 +56,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
     what = [found["cpu"], str(found["cores"]), str(found["memory_gib"])]
     if device.type == "cuda":
-        # Before this process opens the GPU: in a container its own entry would bear another process id.
-        others = len(_smi("--query-compute-apps=pid"))
-        found["gpu"] = gpu_state() | {"others": others, "name": torch.cuda.get_device_name(device)}
+        count = others() if neighbours is None else neighbours
+        found["gpu"] = gpu_state() | {"others": count, "name": torch.cuda.get_device_name(device)}
         what = [str(found["gpu"].get("uuid") or found["gpu"]["name"]), str(found["gpu"].get("driver"))]
     found["id"] = hashlib.sha256("\n".join(what).encode()).hexdigest()[:12]
     return found
@@ -93,11 +102,19 @@ def build(checkout: Path) -> dict[str, Any]:
     return found | (own if own["sha"] else commit(checkout))
 
 
+def digest(files: list[Path]) -> str:
+    """Twelve hex digits of the files' content."""
+    found = hashlib.sha256()
+    for file in files:
+        found.update(file.read_bytes())
+    return found.hexdigest()[:12]
+
+
 def commit(folder: Path) -> dict[str, Any]:
-    """`sha` and `dirty` of a checkout; both None outside of one."""
+    """`sha` and `dirty` of a checkout; outside of one $M2BENCH_COMMIT, and dirty is None: nobody can tell."""
     sha = _git(folder, "rev-parse", "HEAD")
     if sha is None:
-        return {"sha": None, "dirty": None}
+        return {"sha": os.environ.get("M2BENCH_COMMIT") or None, "dirty": None}
     return {"sha": sha, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
 
 
@@ -196,7 +213,7 @@ def unfit(machine_info: dict[str, Any], build_info: dict[str, Any]) -> list[str]
     if build_info.get("dirty"):
         reasons.append("the git checkout has uncommitted changes")
     elif build_info.get("sha") is None:
-        reasons.append("not in a git checkout: rows cannot name their commit")
+        reasons.append("not in a git checkout: rows cannot name their commit (M2BENCH_COMMIT can)")
     gpu = machine_info.get("gpu")
     if gpu is None:
         if machine_info["load"] > 0.5 * machine_info["cores"]:

@@ -14,12 +14,26 @@ from m2train.bench.schema import Memory
 
 
 def measure_memory(case: Case, fn: Fn, phase: str, device: torch.device) -> Memory:
-    """Peak of a launch (results included), and what its forward keeps for the backward."""
+    """Peak of a launch, how much of it are results, and what its forward keeps for the backward."""
     inputs = as_leaves(case, case.inputs)
     phase = "fwd" if phase == "fwd" else "both"
-    peak, how = (_cuda_peak if device.type == "cuda" else _host_peak)(lambda: launch(case, fn, inputs, phase))
+    held: list[Any] = []
+    peak, how = (_cuda_peak if device.type == "cuda" else _host_peak)(
+        lambda: held.append(launch(case, fn, inputs, phase))
+    )
+    results = sum(_storages(held[0]).values())
+    held.clear()
     saved = _saved(case, fn, inputs) if case.grad is not None else None
-    return Memory(peak=peak, saved_for_backward=saved, how=how)
+    return Memory(peak=peak, results=results, saved_for_backward=saved, how=how)
+
+
+def _storages(result: Any) -> dict[int, int]:
+    """Address -> bytes of the storages of all tensors in a result."""
+    if isinstance(result, torch.Tensor):
+        return {result.untyped_storage().data_ptr(): result.untyped_storage().nbytes()}
+    if isinstance(result, tuple | list):
+        return {address: size for part in result for address, size in _storages(part).items()}
+    return {}
 
 
 def _cuda_peak(run: Any) -> tuple[int | None, str]:

@@ -22,7 +22,7 @@ def version() -> str | None:
 def launch_range(name: str) -> Iterator[None]:
     """`name` as a push/pop range inside a start/end range `m2bench`, in the trainer's domain.
 
-    The outer range's name needs no escaping in a profiler's filter: ncu takes the slashes of the inner one for nesting.
+    The outer name needs no escaping in a profiler's filter; ncu takes the slashes of the inner one for nesting.
     """
     try:
         import nvtx

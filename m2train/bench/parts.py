@@ -1,6 +1,6 @@
 """Strict records on plain dataclasses: checked when made and when read, so that a row file needs no further package.
 
-A `Part` is a dataclass whose annotations are its schema: str, int, float, bool, None, Any, Literal, unions, list[...],
+A `Part` is a dataclass whose annotations are its schema: str, int, float, bool, Any, Literal, `| None`, list[...],
 dict[str, ...] and other parts. Unknown and missing fields, wrong types and numbers that are not finite raise
 ValueError with the path of the field, what was got and what was expected.
 """
@@ -8,7 +8,6 @@ ValueError with the path of the field, what was got and what was expected.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import types
@@ -51,11 +50,15 @@ class Part:
         return cls.from_dict(json.loads(text))
 
 
-@functools.cache
+_SCHEMAS: dict[type[Part], dict[str, Any]] = {}
+
+
 def _schema(kind: type[Part]) -> dict[str, Any]:
     """Field -> type, annotations resolved."""
-    hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if kind not in _SCHEMAS:
+        hints = typing.get_type_hints(kind)
+        _SCHEMAS[kind] = {field.name: hints[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return _SCHEMAS[kind]
 
 
 def _part(value: Any, kind: type[Part], where: str) -> Any:

@@ -1,8 +1,8 @@
 """Other projects' kernels behind one interface: a callable, or the reason why it is not one.
 
 None of them is installed with m2train. `pip install --no-deps --target DIR ...` and M2BENCH_PEERS=DIR make them known
-to every process of m2bench; DIR comes last on the path, so that nothing in it stands in for what is installed. The pins
-are those that the adapters were written against; none was run on a GPU by the authors.
+to every process of m2bench; DIR comes last on the path: nothing in it stands in for what is installed. The pins are
+those that the adapters were written against; none was run on a GPU by the authors.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Peer:
 
 PEERS: dict[str, Peer] = {
     "liger": Peer(module="liger_kernel", distribution="liger-kernel", pin="0.8.5"),
+    "liger-chunked": Peer(module="liger_kernel", distribution="liger-kernel", pin="0.8.5", needs_gpu=False),
     "cce": Peer(module="cut_cross_entropy", distribution="cut-cross-entropy", pin="25.1.1"),
     "quack": Peer(module="quack", distribution="quack-kernels", pin="0.6.5"),
     "verl": Peer(module="verl", distribution="verl", pin="0.9.1"),

@@ -106,6 +106,8 @@ class Memory(Part):
     """Bytes beyond the inputs; None: not measured."""
 
     peak: int | None = None
+    results: int | None = None
+    """Part of the peak: outputs and gradients that the caller gets; the rest is the implementation's own."""
     saved_for_backward: int | None = None
     how: str = ""
 

@@ -1,4 +1,4 @@
-"""The part of tests/dist/test_head_tp.py that runs on four ranks: `torchrun head_worker.py FOLDER`.
+"""The part of tests/dist/test_head_tp.py that runs on four ranks: `torchrun head_worker.py FOLDER BACKEND`.
 
 The same head is run over groups of 1, 2 and 4 ranks, with shards that begin at multiples of the tile
 and with shards that cut tiles. Rank 0 writes whole tensors to FOLDER/head.pt.
@@ -96,8 +96,8 @@ def run(x: dict[str, torch.Tensor], cuts: list[int], group: dist.ProcessGroup, b
     return out
 
 
-def main(folder: Path) -> None:
-    """Run every layout for float32 and bfloat16; the torch backend at TP 2 alone."""
+def main(folder: Path, backend: str) -> None:
+    """Run every layout: for float32 and bfloat16, and torch's at TP 2, with backend cpu; for float32 with triton."""
     dist.init_process_group("gloo")
     groups = {size: None for size in (1, 2, 4)}
     for size in groups:
@@ -106,14 +106,15 @@ def main(folder: Path) -> None:
             if first <= dist.get_rank() < first + size:
                 groups[size] = group
     results = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16)[: 2 if backend == "cpu" else 1]:
         for name, cuts in CUTS.items():
-            results[name, dtype] = run(inputs(dtype), cuts, groups[len(cuts) - 1], "cpu")
-    results["torch", torch.float32] = run(inputs(torch.float32), CUTS["tp2"], groups[2], "torch")
+            results[name, dtype] = run(inputs(dtype), cuts, groups[len(cuts) - 1], backend)
+    if backend == "cpu":
+        results["torch", torch.float32] = run(inputs(torch.float32), CUTS["tp2"], groups[2], "torch")
     if dist.get_rank() == 0:
         torch.save(results, folder / "head.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -18,20 +18,22 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from head_cases import HeadCase, run_oracle, run_torch  # noqa: E402
 from head_worker import CUTS, VOCAB, inputs  # noqa: E402
 from kernel_testing import assert_kernel  # noqa: E402
+from triton_testing import interpreted  # noqa: E402
 
 pytestmark = pytest.mark.timeout(240)
 FORWARD = ("logp", "entropy", "policy logp", "of logits")
 DTYPES = [torch.float32, torch.bfloat16]
+UNEVEN = [name for name in CUTS if "uneven" in name]
+ALIGNED = [name for name in CUTS if name != "tp1" and name not in UNEVEN]
+Results = dict[Any, dict[str, torch.Tensor]]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, torch.Tensor]]:
+def run_ranks(folder: Path, backend: str) -> Results:
     """torchrun in a process group of its own, ended whole when it takes too long."""
-    folder = tmp_path_factory.mktemp("head")
     command = [
         *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=4", "--nnodes=1"),
         *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
-        *(str(Path(__file__).with_name("head_worker.py")), str(folder)),
+        *(str(Path(__file__).with_name("head_worker.py")), str(folder), backend),
     ]
     process = subprocess.Popen(
         command,
@@ -48,26 +50,41 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, tor
         output, _ = process.communicate()
         raise AssertionError(f"the ranks hung:\n{output[-3000:]}") from None
     assert process.returncode == 0, output[-6000:]
-    return torch.load(folder / "head.pt", weights_only=False)
+    found: Results = torch.load(folder / "head.pt", weights_only=False)
+    return found
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", [name for name in CUTS if name != "tp1" and "uneven" not in name])
-def test_aligned_shards_are_equal_to_the_bit(results, layout, dtype):
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Every layout on the C++ kernels, one on torch's."""
+    return run_ranks(tmp_path_factory.mktemp("head"), "cpu")
+
+
+def assert_same_bits(results: Results, layout: str, dtype: torch.dtype) -> None:
     one, many = results["tp1", dtype], results[layout, dtype]
     for key in (*FORWARD, "loss"):
         assert torch.equal(one[key], many[key]), key
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", [name for name in CUTS if "uneven" in name])
-def test_shards_that_cut_tiles_are_within_two_ulp(results, layout, dtype):
+def assert_two_ulp(results: Results, layout: str, dtype: torch.dtype) -> None:
     one, many = results["tp1", dtype], results[layout, dtype]
     for key in FORWARD:
         # A small entropy is a difference of numbers around 1.
         size = one[key].abs().clamp(min=1.0 if key == "entropy" else 0.0)
         ulp = torch.finfo(torch.float32).eps * torch.exp2(size.log2().floor())
         assert float(((one[key] - many[key]).abs() / ulp).max()) <= 2, key
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ALIGNED)
+def test_aligned_shards_are_equal_to_the_bit(results, layout, dtype):
+    assert_same_bits(results, layout, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", UNEVEN)
+def test_shards_that_cut_tiles_are_within_two_ulp(results, layout, dtype):
+    assert_two_ulp(results, layout, dtype)
 
 
 @pytest.mark.parametrize(("layout", "dtype"), [(n, d) for n in CUTS for d in DTYPES] + [("torch", torch.float32)])
@@ -92,3 +109,17 @@ def test_policy_loss_and_logits(results, layout, dtype):
     for key in ("policy hidden", "policy weight", "policy bias", "grad of logits"):
         torch.testing.assert_close(many[key], one[key], msg=key, **close)
     assert not many["policy weight"][VOCAB:].any()
+
+
+@interpreted
+def test_triton_shards(tmp_path):
+    """The same layouts on Triton's kernels; gradients against those of one rank."""
+    found = run_ranks(tmp_path, "triton")
+    for layout in ALIGNED:
+        assert_same_bits(found, layout, torch.float32)
+    for layout in UNEVEN:
+        assert_two_ulp(found, layout, torch.float32)
+    one = found["tp1", torch.float32]
+    for layout in [*ALIGNED, *UNEVEN]:
+        for key, value in found[layout, torch.float32].items():
+            torch.testing.assert_close(value, one[key], msg=f"{layout}: {key}", rtol=1e-4, atol=1e-5)

@@ -117,6 +117,38 @@ def test_linear_logprob_holds_no_logits(dtype):
     assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_many_chunks_are_those_of_one(dtype):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(700, 512, generator=g), torch.randn(32000, 512, generator=g) / 22
+    target = torch.randint(0, 32000, (700,), generator=g).cuda()
+    results = []
+    for chunk_bytes in (None, 128 * 32000 * dtype.itemsize):
+        leaves = [x.to("cuda", dtype).requires_grad_() for x in (hidden, weight)]
+        main_grad = torch.ones(32000, 512, device="cuda")
+        seq = torch.zeros(700, dtype=torch.int32, device="cuda")
+        loss = mk.linear_policy_loss(
+            *leaves, target, None, torch.ones(1, device="cuda"), seq, denom=700.0, main_grad=main_grad, grad_scale=2.0,
+            chunk_bytes=chunk_bytes,
+        ).loss  # fmt: skip
+        (loss * 2.0).backward()
+        results.append((leaves[0].grad.float(), main_grad))
+    for one, many in zip(*results, strict=True):
+        torch.testing.assert_close(many, one, rtol=1e-3, atol=1e-5)
+
+
+def test_a_wrong_factor_waits_for_nothing():
+    from m2kernels._main_grad import check_factor
+
+    brought = torch.tensor(2.0, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        check_factor("op", brought, 2.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=ids)
 def test_policy_loss_at_size_without_a_sync(spec):
     lengths = torch.randint(1, 16, (4096,), generator=torch.Generator().manual_seed(0)).tolist()
