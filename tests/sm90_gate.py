@@ -27,8 +27,10 @@ from triton.runtime import driver
 from m2kernels import _group_advantage_triton as group_advantage
 from m2kernels import _head_triton as head
 from m2kernels import _policy_loss_triton as policy_loss
+from m2kernels import _tree_attention_triton as tree
 from m2kernels._head_kernels import HeadSettings, RowStats, TileStats
-from m2kernels._triton import Launch
+from m2kernels._triton import TREE_BLOCKS, TREE_DIMS, Launch
+from m2kernels.plan_tree import TreePlan, plan_tree
 from m2kernels.policy_loss import KINDS, KLS
 
 MAX_SHARED = 232448  # bytes a block of sm_90 can opt in to
@@ -191,11 +193,48 @@ def advantage_cases() -> Iterator[Case]:
         yield Case("group_advantage" + " loo std valid" * divide, launch)
 
 
+def tree_launches(dtype: torch.dtype, dim: int, plan: TreePlan, fused: bool) -> Iterator[Launch]:
+    """A forward and a backward pass over a plan; `fused` is the backward that is not deterministic."""
+    heads, kv_heads, rows = 32, 8, plan.num_rows
+    q, out, d_out, dq = (_meta(rows, heads, dim, dtype=dtype) for _ in range(4))
+    k, v, dk, dv = (_meta(rows, kv_heads, dim, dtype=dtype) for _ in range(4))
+    shape = tree.TreeShape.of(q, k, plan, dim**-0.5)
+    lse, delta = _meta(heads, shape.stride), _meta(heads, shape.stride)
+    units = plan.tiles.backward_units(2)
+    partial = _meta(units.num_slots, kv_heads, 2, plan.tiles.block, dim)
+    sums = _meta(rows, heads, dim) if fused else None
+    yield tree.dkdv_launch(shape, units, q, k, v, d_out, dk, dv, partial, sums, lse, delta)
+    if fused:
+        return
+    yield tree.dkdv_launch(shape, units, q, k, v, d_out, dk, dv, None, sums, lse, delta)
+    yield tree.forward_launch(shape, q, k, v, out, lse)
+    yield tree.dq_launch(shape, q, k, v, d_out, dq, lse, delta)
+    yield tree.delta_launch(shape, out, d_out, delta)
+    yield tree.reduce_launch(shape, units, partial, dk, dv)
+
+
+def tree_cases() -> Iterator[Case]:
+    """Tree attention: dtypes, head_dims, the tiles that a plan may have, both backwards."""
+    shapes = [(block, finer) for block in TREE_BLOCKS for finer in (block, 64) if finer == block or block == 128]
+    for dtype, dim, (block, kv_block) in itertools.product(
+        (torch.bfloat16, torch.float16, torch.float32), TREE_DIMS, shapes
+    ):
+        plan = plan_tree([range(2000), [*range(1000), *range(2000, 3000)]], block=block, kv_block=kv_block).to("meta")
+        tag = f"{str(dtype).removeprefix('torch.')} D={dim} {block}x{kv_block}"
+        for fused in (False, True):
+            for launch in tree_launches(dtype, dim, plan, fused):
+                product = launch.kernel.__name__ in ("tree_forward_kernel", "tree_dq_kernel", "tree_dkdv_kernel")
+                name = launch.kernel.__name__.removesuffix("_kernel") + " fused" * fused
+                split = " splits" if name == "tree_dkdv" and launch.args[6] is not None else ""
+                yield Case(f"{name} {tag}{split}", launch, gemm=product)
+
+
 def cases() -> Iterator[Case]:
     """Every kernel in every shipped configuration."""
     yield from advantage_cases()
     yield from policy_cases()
     yield from merge_cases()
+    yield from tree_cases()
     for dtype in head.GEMM_CONFIGS:
         short = str(dtype).removeprefix("torch.")
         for entropy in (False, True):
