@@ -203,19 +203,22 @@ def tree_launches(dtype: torch.dtype, dim: int, plan: TreePlan, fused: bool) -> 
     units = plan.tiles.backward_units(2)
     partial = _meta(units.num_slots, kv_heads, 2, plan.tiles.block, dim)
     sums = _meta(rows, heads, dim) if fused else None
+    if not fused:
+        yield tree.forward_launch(shape, q, k, v, out, lse)
+        yield tree.dq_launch(shape, q, k, v, d_out, dq, lse, delta)
+    if plan.tiles.kv_block != plan.tiles.block:
+        return  # the other passes know nothing of forward tiles
     yield tree.dkdv_launch(shape, units, q, k, v, d_out, dk, dv, partial, sums, lse, delta)
     if fused:
         return
     yield tree.dkdv_launch(shape, units, q, k, v, d_out, dk, dv, None, sums, lse, delta)
-    yield tree.forward_launch(shape, q, k, v, out, lse)
-    yield tree.dq_launch(shape, q, k, v, d_out, dq, lse, delta)
     yield tree.delta_launch(shape, out, d_out, delta)
     yield tree.reduce_launch(shape, units, partial, dk, dv)
 
 
 def tree_cases() -> Iterator[Case]:
     """Tree attention: dtypes, head_dims, the tiles that a plan may have, both backwards."""
-    shapes = [(block, finer) for block in TREE_BLOCKS for finer in (block, 64) if finer == block or block == 128]
+    shapes = [(block, finer) for block in TREE_BLOCKS for finer in TREE_BLOCKS if finer <= block]
     for dtype, dim, (block, kv_block) in itertools.product(
         (torch.bfloat16, torch.float16, torch.float32), TREE_DIMS, shapes
     ):
@@ -226,7 +229,7 @@ def tree_cases() -> Iterator[Case]:
                 product = launch.kernel.__name__ in ("tree_forward_kernel", "tree_dq_kernel", "tree_dkdv_kernel")
                 name = launch.kernel.__name__.removesuffix("_kernel") + " fused" * fused
                 split = " splits" if name == "tree_dkdv" and launch.args[6] is not None else ""
-                yield Case(f"{name} {tag}{split}", launch, gemm=product)
+                yield Case(f"{name} {tag}{split}", launch, gemm=product and dtype != torch.float32)
 
 
 def cases() -> Iterator[Case]:

@@ -46,14 +46,12 @@ class PassConfig:
         block_m: rows of a tile of queries.
         block_n: keys of a tile.
         num_warps, num_stages: as Triton takes them.
-        precision: of a product of float32 operands; those of 16 bits are exact.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-    precision: str = "ieee"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,26 +65,23 @@ class TreeConfig:
 
 
 def tree_config(dtype: torch.dtype, dim: int, tiles: TreeTiles) -> TreeConfig:
-    """Tile shapes for a dtype and head_dim (64 | 128), within the plan's blocks.
+    """Tile shapes for a dtype and head_dim (64 | 128), within the plan's blocks; none spills, see the sm_90 gate.
 
     A warp group (4 warps) takes 64 rows of a product. In 16 bits 8 warps hold a tile of 128 stationary rows; 64
-    moving ones, or both gradients and both score tiles of the backward would not fit the registers.
+    moving ones, or both gradients and both score tiles of the backward would not fit the registers, and with dq as a
+    third gradient only 64 stationary ones at head_dim 128. float32 products are made without tensor cores, to full
+    precision; a thread holds whole rows of their operands, hence the small tiles.
     """
     block, kv_block = tiles.block, tiles.kv_block
     if dtype == torch.float32:
-        small = PassConfig(
-            block_m=min(block, 32), block_n=min(kv_block, 32), num_warps=4, num_stages=1, precision="ieee"
-        )
+        size = 32 if dim == 64 else 16
+        small = PassConfig(block_m=min(block, size), block_n=min(kv_block, size), num_warps=8, num_stages=1)
         return TreeConfig(forward=small, dq=small, dkdv=small, fused=small)
-    wide = PassConfig(
-        block_m=block,
-        block_n=kv_block,
-        num_warps=8 if block >= 128 else 4,
-        num_stages=3,
-    )
+    wide = PassConfig(block_m=block, block_n=kv_block, num_warps=8 if block >= 128 else 4, num_stages=3)
     narrow = replace(wide, block_n=min(kv_block, 64))
     dkdv = replace(wide, block_m=min(block, 64), block_n=block, num_stages=2)
-    return TreeConfig(forward=wide, dq=narrow, dkdv=dkdv, fused=dkdv)
+    fused = replace(dkdv, block_n=min(block, 64), num_warps=8) if dim == 128 else dkdv
+    return TreeConfig(forward=wide, dq=narrow, dkdv=dkdv, fused=fused)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +142,7 @@ class TreeShape:
             "BLOCK": self.tiles.block,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
-            "PRECISION": config.precision,
+            "PRECISION": "ieee",
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }
@@ -228,7 +223,7 @@ def dq_launch(
         shape.scale,
         shape.scale_log2,
     )
-    meta = shape.meta(config) | {"KV_BLOCK": tiles.kv_block}
+    meta = shape.meta(config) | {"KV_BLOCK": tiles.kv_block, "RELOAD": q.dtype == torch.float32}
     grid = (num * (tiles.block // config.block_m) * shape.heads,)
     return Launch(kernel=kernels.tree_dq_kernel, grid=grid, args=args, meta=meta)
 

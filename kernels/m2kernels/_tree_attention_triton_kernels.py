@@ -143,14 +143,18 @@ def tree_delta_kernel(
 
 @triton.jit
 def _pull_queries(
-    dq, q_tile, g_tile, lse, delta, row, k, v, kv_head, kv_ptr, begin, end, subtree_end_ptr, num_rows, scale_log2,
-    MASKED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+    dq, q, d_out, q_tile, g_tile, lse, delta, first_row, row, head, k, v, kv_head, kv_ptr, begin, end,
+    subtree_end_ptr, num_rows, scale_log2, MASKED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
     """Tiles begin to end - 1 of the list into dq / scale."""
     tile = _listed(kv_ptr, begin, end, SPLIT)
     for t in tl.range(begin, end):
         first = tile * BLOCK_N
         tile = _listed(kv_ptr, t + 1, end, SPLIT)
+        if RELOAD:
+            q_tile = _load(q, first_row, head, BLOCK_M, DIM)
+            g_tile = _load(d_out, first_row, head, BLOCK_M, DIM)
         k_tile = _load(k, first, kv_head, BLOCK_N, DIM)
         s = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
         dp = tl.dot(g_tile, _load(v, first, kv_head, BLOCK_N, DIM).T, input_precision=PRECISION)
@@ -190,8 +194,12 @@ def tree_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    RELOAD: tl.constexpr,
 ):
-    """dq of one query tile of one head, over the list of the forward: no sum leaves the program."""
+    """dq of one query tile of one head, over the list of the forward: no sum leaves the program.
+
+    RELOAD: fetch the queries for every tile again; kept, float32 operands would not fit the registers.
+    """
     PARTS: tl.constexpr = BLOCK // BLOCK_M
     SPLIT: tl.constexpr = KV_BLOCK // BLOCK_N
     rank, head = _place(tl.program_id(0), num_blocks * PARTS, wave)
@@ -205,12 +213,12 @@ def tree_dq_kernel(
     delta = tl.load(delta_ptr + head * stride + row, mask=row < num_rows, other=0.0)
     acc = tl.zeros((BLOCK_M, DIM), tl.float32)
     acc = _pull_queries(
-        acc, q_tile, g_tile, lse, delta, row, k, v, head // GROUP, kv_ptr, begin * SPLIT, full * SPLIT,
-        subtree_end_ptr, num_rows, scale_log2, True, SPLIT, BLOCK_N, DIM, PRECISION,
+        acc, q, d_out, q_tile, g_tile, lse, delta, first, row, head, k, v, head // GROUP, kv_ptr, begin * SPLIT, full * SPLIT,
+        subtree_end_ptr, num_rows, scale_log2, True, SPLIT, BLOCK_M, BLOCK_N, DIM, PRECISION, RELOAD,
     )  # fmt: skip
     acc = _pull_queries(
-        acc, q_tile, g_tile, lse, delta, row, k, v, head // GROUP, kv_ptr, full * SPLIT, end * SPLIT,
-        subtree_end_ptr, num_rows, scale_log2, False, SPLIT, BLOCK_N, DIM, PRECISION,
+        acc, q, d_out, q_tile, g_tile, lse, delta, first, row, head, k, v, head // GROUP, kv_ptr, full * SPLIT, end * SPLIT,
+        subtree_end_ptr, num_rows, scale_log2, False, SPLIT, BLOCK_M, BLOCK_N, DIM, PRECISION, RELOAD,
     )  # fmt: skip
     _store(dq, first, head, acc * scale, BLOCK_M, DIM)
 
@@ -247,9 +255,9 @@ def _pull_keys(
         dk = tl.dot(ds, q_tile, dk, input_precision=PRECISION)
         if dq_ptr is not None:
             part = tl.dot(ds.T, k_tile, input_precision=PRECISION)
-            dim = tl.arange(0, DIM)[None, :]
-            place = (row.to(tl.int64)[:, None] * (KV_HEADS * GROUP) + head) * DIM + dim
-            tl.atomic_add(dq_ptr + place, part, mask=row[:, None] < num_rows, sem="relaxed")
+            corner = (tile.to(tl.int64) * (BLOCK_M * KV_HEADS * GROUP) + head) * DIM
+            inside = tl.arange(0, BLOCK_M)[:, None] * (KV_HEADS * GROUP * DIM) + tl.arange(0, DIM)[None, :]
+            tl.atomic_add(dq_ptr + corner + inside, part, mask=row[:, None] < num_rows, sem="relaxed")
     return dk, dv
 
 
