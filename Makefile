@@ -87,9 +87,11 @@ wheel: $(VENV)/.dev
 wheel-check: $(VENV)/.dev
 	$(PY) packaging/check_wheel.py dist/*.whl
 
-# On the machine with the GPU; WHEELS=DIR names further wheels, DRY=1 does what needs no GPU.
+# On the machine with the GPU; WHEELS=DIR names further wheels, OUT=DIR where rows and logs go, DRY=1 does what needs
+# no GPU.
 gpu-check:
-	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) packaging/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(if $(DRY),--dry-run)
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) packaging/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) \
+	    $(if $(OUT),--out $(OUT)) $(if $(DRY),--dry-run)
 
 # On a machine with a network, for one without: pip matches each platform tag exactly.
 gpu-wheels: $(VENV)/.stack

@@ -97,8 +97,9 @@ class _Learner:
 )
 def learner_step(s: Setup) -> Case:
     """Forward, backward and update on a batch of replies."""
-    if importlib.util.find_spec("megatron") is None:
-        raise Skip("megatron-core is not installed (pip install 'm2train[learner]')")
+    for package, name in (("megatron", "megatron-core"), ("pydantic", "pydantic"), ("safetensors", "safetensors")):
+        if importlib.util.find_spec(package) is None:
+            raise Skip(f"{name} is not installed (pip install 'm2train[learner]')")
     learner = _Learner(s)
     return Case(
         verify=learner.verify,
@@ -108,4 +109,5 @@ def learner_step(s: Setup) -> Case:
         ours=("tree", "varlen"),
         rotate=False,
         pure=False,
+        cuda_timer="wall",
     )

@@ -108,6 +108,8 @@ def _pickle(source: _Source) -> Fn:
 )
 def weight_sync(s: Setup) -> Case:
     """All weights of a model, from shared memory into tensors."""
+    if importlib.util.find_spec("safetensors") is None:
+        raise Skip("safetensors is not installed (pip install 'm2train[bench]')")
     source = _Source(s)
     return Case(
         verify=source.verify,
@@ -122,4 +124,5 @@ def weight_sync(s: Setup) -> Case:
         bytes=2.0 * source.bytes,
         rotate=False,
         pure=False,
+        cuda_timer="wall",
     )

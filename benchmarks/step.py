@@ -13,7 +13,7 @@ same machine:
 
 Prints tokens/s, MFU against the GEMM rate measured on this machine, phases and peak memory of each, and an Amdahl
 table: the share of the step that an op has, times what a variant of the op gains alone, predicts what the step gains;
-the measured gain stands beside it.
+the measured gain stands beside it. --mllog adds a file of `:::MLLOG` lines, an interval for each step.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import torch
 
 import m2kernels as mk
 from m2train.bench import ceilings, env, shapes, stats
+from m2train.bench.mllog import MLLog
 from m2train.bench.models import model_config, write_random_model
 from m2train.bench.steps import make_recipe, recorded_batch, step_flops, synthetic_batch
 
@@ -69,6 +70,7 @@ def arguments() -> argparse.Namespace:
         "--clock", choices=("cpu", "wall"), help="default: CPU time for one rank of one thread, else wall"
     )
     parser.add_argument("-o", "--out", type=Path, help="append the result to this file, a JSON line")
+    parser.add_argument("--mllog", type=Path, help="write intervals and results to this file as MLPerf's log lines")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.variants = args.variants.split(",")
@@ -86,7 +88,7 @@ def arguments() -> argparse.Namespace:
 
 
 def eager_head(hidden: torch.Tensor, weight: torch.Tensor, head: HeadRows) -> HeadOutput:
-    """The learner's head with all logits at once, then the loss; arguments as `PolicyModel._fused_head`."""
+    """The learner's head with all logits at once, then the loss: a `HeadFunction`."""
     from m2train.learner.model import HeadOutput
 
     logits = (hidden.index_select(0, head.rows) @ weight[: head.vocab_size].t()).float()
@@ -119,6 +121,7 @@ class Rank:
         self.args = args
         self.config = json.loads((folder / "config.json").read_text())
         self.batch = load(args, self.config["vocab_size"])
+        self.tokens = sum(s.token_ids.numel() for s in self.batch.samples)
         layout = {"tp": args.tp, "pp": args.pp, "dp": args.dp, "threads": args.threads}
         recipe = make_recipe(
             self.batch, dtype=args.dtype, lr=1e-9, micro_batch_tokens=args.micro_batch_tokens, **layout
@@ -128,18 +131,15 @@ class Rank:
     @contextmanager
     def variant(self, name: str) -> Iterator[None]:
         """Make the trainer this variant."""
-        from m2train.learner.model import PolicyModel
-
-        fused = PolicyModel._fused_head
-        recipe = self.trainer.recipe
+        policy, recipe = self.trainer.policy, self.trainer.recipe
+        fused = policy.head
         learner = recipe.learner.model_copy(update={"packing": "tree" if name == "eager-head" else name})
         self.trainer.recipe = recipe.model_copy(update={"learner": learner})
-        if name == "eager-head":
-            PolicyModel._fused_head = lambda _, *args: eager_head(*args)  # type: ignore[method-assign]
+        policy.head = eager_head if name == "eager-head" else fused
         try:
             yield
         finally:
-            PolicyModel._fused_head = fused  # type: ignore[method-assign]
+            policy.head = fused
 
     def step(self, name: str) -> dict[str, float]:
         """One step; seconds, phases (always elapsed time), and the peak of this rank's memory."""
@@ -191,7 +191,7 @@ class Rank:
                 for name in total:
                     with self.variant(name):
                         start = now(self.args.clock)
-                        value = policy._fused_head(hidden, weight, head).loss
+                        value = policy.head(hidden, weight, head).loss
                         assert value is not None
                         value.backward()
                         found[name].append(now(self.args.clock) - start)
@@ -239,17 +239,21 @@ def rank_main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     rank = Rank(args, args.worker)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in args.variants}
+    first = dist.get_rank() == 0
+    log = MLLog(args.mllog if first else None)
+    log.event("submission_benchmark", f"{args.model} step")
     for number in range(args.steps + 1):
         order = args.variants if number % 2 else args.variants[::-1]
         for name in order:
-            one = rank.step(name)
+            with log.interval("step", variant=name, step_num=number, counted=number > 0) as ended:
+                one = rank.step(name)
+                ended |= {"seconds": one["seconds"], "tokens": rank.tokens}
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, one)
             # Ranks wait for each other: the slowest one's time counts, and the largest memory.
             one = gathered[0] | {k: max(g[k] for g in gathered) for k in ("seconds", "peak_bytes")}
             if number:
                 found[name].append(one)
-    first = dist.get_rank() == 0
     ops = rank.op_seconds() if first else {}
     if first:
         (args.worker / "result.json").write_text(json.dumps({"steps": found, "ops": ops}))

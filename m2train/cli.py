@@ -82,13 +82,22 @@ def _run(
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
-    """Write RUN_DIR/report.html."""
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="run directories")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="of a comparison")] = None,
+) -> None:
+    """Write RUN_DIR/report.html; of several runs, a comparison with the first: FIRST/compare.html."""
     from m2train.report import write_report
+    from m2train.report.compare import COMPARISON_FILE, write_comparison
 
-    if not run_dir.is_dir():
-        raise ConfigError(f"no run directory {run_dir}")
-    typer.echo(write_report(run_dir))
+    if len(run_dirs) > 1:
+        typer.echo(write_comparison(run_dirs, output or run_dirs[0] / COMPARISON_FILE))
+        return
+    if output is not None:
+        raise ConfigError("--output names a comparison; expected several run directories")
+    if not run_dirs[0].is_dir():
+        raise ConfigError(f"no run directory {run_dirs[0]}")
+    typer.echo(write_report(run_dirs[0]))
 
 
 @app.command()

@@ -230,10 +230,13 @@ class Recipe(Section):
                 f"learner.micro_batch_loss_rows = {scored}; raise the latter"
             )
         longest = self.rollout.max_context_tokens + self.algo.max_new_tokens
-        if longest > self.learner.micro_batch_tokens:
+        cap, tp = self.learner.micro_batch_tokens, self.learner.tp
+        room = cap - cap % tp if self.learner.sequence_parallel else cap  # rows are padded to a multiple of tp
+        if longest > room:
+            whole = "" if room == cap else f", of which learner.tp = {tp} with sequence parallelism leaves {room}"
             raise ValueError(
                 f"rollout.max_context_tokens + algo.max_new_tokens = {longest} tokens do not fit in "
-                f"learner.micro_batch_tokens = {self.learner.micro_batch_tokens}; raise the latter"
+                f"learner.micro_batch_tokens = {cap}{whole}; raise the latter"
             )
         return self
 

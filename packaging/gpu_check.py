@@ -1,10 +1,11 @@
-"""Everything that a GPU has to say, in one command: build, GPU tests, benchmark rows.
+"""Everything that a GPU has to say, in one command: build, GPU tests, benchmark rows, a report of them.
 
     python packaging/gpu_check.py [--wheels DIR] [--out DIR] [--minutes 8] [--dry-run]
 
-For a machine with an H100, torch 2.11 or newer, its Triton, nvcc and no network. Only the standard library is used;
-what that Python lacks comes as wheels from a folder (`make gpu-wheels` fills one). Steps end at the time limit, each
-writes as it goes, and what was not run is said: a run that is cut off leaves the rows it has.
+For a machine with an H100, torch 2.11 or newer, its Triton, nvcc, typer, rich, jinja2, numpy, pytest and no network.
+This file uses the standard library alone; what more is wanted (other projects' kernels, megatron-core) comes as
+wheels from a folder (`make gpu-wheels` fills one). Steps end at the time limit, and rows are written as they are
+measured: whenever the run is cut off, --out has what there is by then. What was not run is said.
 
 Without a GPU only `--dry-run` works: it builds, has the sm_90a compile gate stand in for the device, and prints the
 commands that would have run.
@@ -25,6 +26,8 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "gpu-site"
+RESERVE_S = 40.0
+"""Rows begin nothing new that long before the end, for what they are at then, and for the report."""
 
 
 class Steps:
@@ -40,6 +43,13 @@ class Steps:
         self.out, self.env = out, env
         self.deadline = time.monotonic() + seconds
         self.results: dict[str, str] = {}
+        self.log = out / "gpu-check.log"
+        self.log.write_text("")
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.deadline - time.monotonic()
 
     def skip(self, name: str, why: str) -> bool:
         """Note a step that cannot run."""
@@ -47,13 +57,14 @@ class Steps:
 
     def run(self, name: str, *command: object, share: float = 1.0) -> bool:
         """Run a step for at most `share` of the time left; True if it passed."""
-        left = (self.deadline - time.monotonic()) * share
+        left = self.left * share
         if left < 5:
             return self.skip(name, "no time left")
         started = time.monotonic()
         words = [str(word) for word in command]
         print(f"== {name}: {' '.join(words)}", flush=True)
-        with (self.out / f"{name}.log").open("w") as log:
+        with self.log.open("a") as log:
+            log.write(f"\n== {name}: {' '.join(words)}\n")
             process = subprocess.Popen(
                 words, cwd=ROOT, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 text=True, start_new_session=True,
@@ -121,14 +132,23 @@ def _steps(steps: Steps, wheels: Path | None, *, dry: bool) -> bool:
         return False
     # Their own configuration alone: that of tests/ needs the whole trainer.
     tests = (python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--confcutdir=tests/gpu", "tests/gpu")
-    rows = (python, "-m", "m2train.bench.cli", "run", "-s", "paper", "-o", steps.out / "rows.jsonl")
+    bench = (python, "-m", "m2train.bench.cli")
+    file = steps.out / "rows.jsonl"
+    rows = (*bench, "run", "-s", "paper", "-o", file, "--ceilings", steps.out / "ceilings.json", "--minutes")
+    report = (*bench, "report", file, "-o", steps.out)
     if dry:
-        ok &= steps.run("sm90_gate", "make", "check-sm90")
-        print(f"would run: {' '.join(map(str, tests))}\nwould run: {' '.join(map(str, rows))}")
+        ok &= steps.run("sm90_gate", "make", "check-sm90", share=0.9)
+        # What is imported there must not need what only a trainer has.
+        ok &= steps.run("list", *bench, "list", "--device", "cpu")
+        for command in (tests, (*rows, "..."), report):
+            print(f"would run: {' '.join(map(str, command))}")
         return ok
-    steps.run("environment", python, "-m", "m2train.bench.cli", "env")
-    ok &= steps.run("tests", *tests, share=0.5)
-    ok &= steps.run("rows", *rows)
+    steps.run("environment", *bench, "env")
+    ok &= steps.run("tests", *tests, share=0.45)
+    minutes = max(0.5, (steps.left - RESERVE_S) / 60)
+    ok &= steps.run("rows", *rows, f"{minutes:.2f}", share=1 - 15 / max(steps.left, 16))
+    if file.exists():
+        ok &= steps.run("report", *report)
     return ok
 
 

@@ -1,5 +1,7 @@
 """Cheats and mistakes are refused, each by its own guard, and honest code passes."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -204,5 +206,22 @@ def test_slow_start_is_called_like_a_function():
 
 def test_refill_refuses_other_shapes():
     a, b = torch.zeros(3), torch.ones(4)
-    assert not check.refill((a,), (b,)) and not a.any()
-    assert not check.refill((5,), (6,))
+    assert not check.can_refill((a,), (b,)) and not check.can_refill((5,), (6,))
+    assert not check.can_refill(([1],), ([1, 2],)) and check.can_refill((a, 5), (a + 1, 5))
+
+
+def test_a_case_whose_results_could_be_cached_unseen_is_refused():
+    """Not skipped: the seed changes the shape, so that no other values can be put into the same inputs."""
+    spec = spec_with(lambda x: 2 * x)
+    build = lambda s: Case(  # noqa: E731
+        oracle=lambda x: 2 * x, inputs=(s.randn(3 + int(s.randint(9, 1))),), impls={"torch": lambda x: x + x}
+    )
+    spec = dataclasses.replace(spec, build=build)
+    with pytest.raises(ValueError, match="pure=False"):
+        Checker(spec.make("a", torch.float32, CPU), spec.make("a", torch.float32, CPU, seed=1), "fwd")
+
+
+def test_a_wrong_baseline_of_small_results_is_refused():
+    """Its limit is relative to the oracle's values, however small they are."""
+    found = verdict(lambda x: 2e-6 * x, oracle=lambda x: 2e-6 * x, name="torch")
+    assert found.verdict == "refused"  # x + x

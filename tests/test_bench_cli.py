@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from bench_rows import CASE_FILE, make_row
 
-from m2train.bench import callgrind, cli, compare, host, profile, selftest
+from m2train.bench import callgrind, cli, compare, host, pool, profile, runner, selftest
 from m2train.bench.build import Build
+from m2train.bench.pool import WorkerError
 from m2train.bench.rows import append_row, read_rows
 from m2train.bench.timers import make_timer
 
@@ -49,7 +50,7 @@ def test_run_writes_rows_and_refuses_wrong_results(monkeypatch, cases, tmp_path,
     for phase in ("fwd", "both"):
         for cache in ("cold", "warm"):
             good = seen["m2", phase, cache]
-            assert good.status == "ok" and good.timing.processes == 2 and len(good.timing.samples) == 2
+            assert good.status == "ok" and good.timing.processes == 3 and len(good.timing.samples) == 3
             assert (
                 good.timing.median > 0 and good.timing.ratio.to == "torch" and good.timing.low <= good.timing.median
             )
@@ -104,7 +105,7 @@ def test_mistakes_of_users_are_64(monkeypatch, cases, words, tmp_path):
     monkeypatch.setenv("M2BENCH_CASES", str(cases))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "a.jsonl").write_text(make_row().model_dump_json())
+    (tmp_path / "a.jsonl").write_text(make_row().to_json())
     assert m2bench(monkeypatch, *words) == 64
 
 
@@ -142,7 +143,9 @@ def test_profile_commands(monkeypatch, cases, tmp_path, capsys):
         text = capsys.readouterr().out
         assert text.startswith(f"CUDA_INJECTION64_PATH=none {tool} ") and "--once" in text
         assert "tiny/m2/small/both" in text and "--dtype float32" in text
-    assert "m2@m2bench" in " ".join(profile.command("tiny", "ncu", tmp_path, cases, "cpu", None))
+    command = profile.command("tiny", "ncu", tmp_path, cases, "cpu", None)
+    assert "--profile-from-start off" in " ".join(command)  # nvtx, which could filter too, may be missing
+    assert profile.launched(command) == ("tiny", "m2", "small", "fwd", "float32")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert m2bench(monkeypatch, "profile", "tiny", "--tool", "ncu", "--device", "cpu", "-o", tmp_path / "p") == 64
 
@@ -153,6 +156,87 @@ def test_once_launches_one_and_measures_nothing(monkeypatch, cases, capsys):
     assert capsys.readouterr().out == ""
     for pattern in ("tiny/m2/small", "tiny/nope/small/fwd", "tiny/gone/small/fwd"):
         assert m2bench(monkeypatch, "run", pattern, "--once", "--device", "cpu") == 64
+
+
+class FakeServer:
+    """A worker without a process: its third implementation takes the GPU with it."""
+
+    def __init__(self, log, broken):
+        self.log, self.broken, self.facts = log, broken, {"machine": {"id": "x", "cpu": "y"}, "build": {}}
+
+    def ask(self, op, **request):
+        self.log.append(op)
+        if op == "open":
+            if request["shape"] == "unbuilt":
+                return {"failed": "the case cannot be built: KeyError: 'n'"}
+            return {"bytes": 8, "cache": 64}
+        if op == "choose":
+            return {"impls": ["m2", "torch", "bad"], "ours": ["m2"], "skipped": {}, "phases": ["fwd"],
+                    "baseline": "torch", "rotates": False, "cost": {"fwd": (8.0, 1.0)}}  # fmt: skip
+        if op == "check":
+            if "bad" in request["impls"]:
+                return {"lost": "bad", "reason": "it broke the CUDA context"}
+            entry = {"numerics": {"verdict": "ok"}, "memory": {}}
+            return dict.fromkeys(request["impls"], entry)
+        assert op == "measure" and request["impls"] == ["m2", "torch"]
+        if self.broken:
+            raise WorkerError("a measuring process ended with -9")
+        names = request["impls"]
+        return {"samples": {n: [1.0, 1.1, 1.2] for n in names}, "launches": dict.fromkeys(names, 1),
+                "launch_us": dict.fromkeys(names, 2.0), "energy_j": {}, "stopped": "budget", "stale": {}, "unit": "s",
+                "note": "", "gpu": [], "timer": "events"}  # fmt: skip
+
+    def post(self, op, **request):
+        self.posted = (op, request)
+
+    def answer(self, op):
+        return self.ask(self.posted[0], **self.posted[1])
+
+
+def fake_run(monkeypatch, tmp_path, *, broken=False, **options):
+    """Rows of a run of a case with three shapes on fake processes, and what these were asked."""
+    cases = tmp_path / "cases"
+    cases.mkdir()
+    shapes = 'shapes={"small": {"n": 64}, "unbuilt": {}, "large": {"n": 4096}}, first=("large",)'
+    (cases / "bench_tiny.py").write_text(
+        CASE_FILE.replace('shapes={"small": {"n": 64}, "large": {"n": 4096}}, nightly=("large",)', shapes)
+    )
+    log = []
+
+    @contextmanager
+    def fake_workers(configs):
+        log.append("start")
+        yield [FakeServer(log, broken) for _ in configs]
+
+    monkeypatch.setattr(pool, "workers", fake_workers)
+    asked = runner.RunOptions(cases=cases, processes=2, calibrate=False, ceilings=tmp_path / "none", **options)
+    return list(runner.run(asked, lambda text: None)), log
+
+
+def test_an_implementation_that_breaks_the_gpu_is_refused_alone(monkeypatch, tmp_path):
+    rows, log = fake_run(monkeypatch, tmp_path, patterns=("tiny/*/small",))
+    found = {row.identity.impl: row for row in rows}
+    assert found["bad"].status == "refused" and "broke the CUDA context" in found["bad"].reason
+    assert found["m2"].status == found["torch"].status == "ok" and log.count("start") == 2
+    # The clock that was used, not the one that was asked for.
+    assert {found[name].identity.timer for name in ("m2", "torch")} == {"events"}
+    assert "--timer events" in found["m2"].repro
+
+
+def test_what_breaks_is_a_row_and_the_run_goes_on(monkeypatch, tmp_path):
+    rows, log = fake_run(monkeypatch, tmp_path, broken=True)
+    reasons = {row.identity.shape: row.reason for row in rows if row.identity.impl == "*"}
+    assert "ended with -9" in reasons["small"] and "ended with -9" in reasons["large"]
+    assert "cannot be built" in reasons["unbuilt"] and {r.status for r in rows} == {"refused"}
+
+
+def test_a_time_limit_is_said_and_takes_the_most_wanted_first(monkeypatch, tmp_path):
+    rows, _ = fake_run(monkeypatch, tmp_path, minutes=10.0)
+    assert list(dict.fromkeys(row.identity.shape for row in rows)) == ["large", "small", "unbuilt"]
+    (tmp_path / "again").mkdir()
+    rows, log = fake_run(monkeypatch, tmp_path / "again", minutes=0.0)
+    assert [row.status for row in rows] == ["skipped"] * 3 and "--minutes" in rows[0].reason
+    assert "check" not in log
 
 
 # ------------------------------------------------------------------------------------------------- compare

@@ -29,9 +29,23 @@ def test_bootstrap_resamples_processes():
     near = [1 + 0.001 * rng.standard_normal(200) for _ in range(2)]
     apart = [near[0], 1.1 * near[1]]
     low, high = stats.bootstrap_median(near)
-    assert high - low < 0.002
+    assert high - low < 0.01
     low, high = stats.bootstrap_median(apart)
     assert low < 1.01 and high > 1.09
+
+
+@pytest.mark.parametrize(("between", "within"), [(0.05, 0.01), (0.001, 0.05)])
+@pytest.mark.parametrize("processes", [3, 4])
+def test_intervals_hold_what_they_promise(processes, between, within):
+    """95 % of the intervals hold the true median, whether processes or samples vary more."""
+    rng = np.random.default_rng(11)
+    held = []
+    for k in range(150):
+        levels = between * rng.standard_normal(processes)
+        samples = [np.exp(level + within * rng.standard_normal(40)) for level in levels]
+        low, high = stats.bootstrap_median(samples, draws=200, seed=k)
+        held.append(low < 1 < high)
+    assert np.mean(held) > 0.91
 
 
 def test_ratio_of_paired_samples_survives_a_common_drift():

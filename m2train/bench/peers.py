@@ -1,7 +1,8 @@
 """Other projects' kernels behind one interface: a callable, or the reason why it is not one.
 
-None of them is installed with m2train. The pins are those that the adapters were written against; none was run on a
-GPU by the authors.
+None of them is installed with m2train. `pip install --no-deps --target DIR ...` and M2BENCH_PEERS=DIR make them known
+to every process of m2bench; DIR comes last on the path: nothing in it stands in for what is installed. The pins are
+those that the adapters were written against; none was run on a GPU by the authors.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import os
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,8 +52,48 @@ PEERS: dict[str, Peer] = {
     "fa3": Peer(module="flash_attn_interface", how="no wheel on PyPI: build flash-attention/hopper from source"),
     "fa4": Peer(module="flash_attn.cute", distribution="flash-attn-4", pin="4.0.0b36"),
     "flex": Peer(module="torch.nn.attention.flex_attention", needs_gpu=False),
-    "cudnn": Peer(module="cudnn", distribution="nvidia-cudnn-frontend", pin="1.32.0"),
+    "varlen": Peer(module="torch.nn.attention.varlen", how="part of torch from 2.10 on"),
+    "cudnn": Peer(module="torch.nn.attention", how="part of torch: SDPA with cuDNN's kernel"),
 }
+FOLDER_ENV = "M2BENCH_PEERS"
+
+
+def use_folder() -> None:
+    """Make the packages in $M2BENCH_PEERS importable.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    given = os.environ.get(FOLDER_ENV)
+    if not given:
+        return
+    folder = Path(given)
+    if not folder.is_dir():
+        raise ValueError(f"{FOLDER_ENV}={given} is no folder; fill one with `pip install --no-deps --target DIR ...`")
+    if str(folder.resolve()) not in sys.path:
+        sys.path.append(str(folder.resolve()))
+        importlib.invalidate_caches()
+
+
+def import_bare(module: str) -> Any:
+    """Import a module without running the `__init__` of the packages around it, which may want much more.
+
+    Raises:
+        ImportError: it is not there, or lacks what it needs itself.
+    """
+    parents = module.split(".")[:-1]
+    for depth in range(1, len(parents) + 1):
+        name = ".".join(parents[:depth])
+        if name in sys.modules:
+            continue
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.submodule_search_locations is None:
+            raise ImportError(f"{name} is not a package")
+        empty = types.ModuleType(name)
+        empty.__path__ = list(spec.submodule_search_locations)
+        empty.__spec__ = spec
+        sys.modules[name] = empty
+    return importlib.import_module(module)
 
 
 def reason(name: str, device: torch.device) -> str | None:
@@ -66,7 +111,9 @@ def reason(name: str, device: torch.device) -> str | None:
     return None
 
 
-def peer(name: str, device: torch.device, module: str, adapt: Callable[[Any], Fn]) -> Fn | Skip:
+def peer(
+    name: str, device: torch.device, module: str, adapt: Callable[[Any], Fn], *, bare: bool = False
+) -> Fn | Skip:
     """An implementation out of another project.
 
     Args:
@@ -74,6 +121,7 @@ def peer(name: str, device: torch.device, module: str, adapt: Callable[[Any], Fn
         device: where it is to run.
         module: what to import of it.
         adapt: the module -> a callable of the case's inputs.
+        bare: without the packages around the module.
 
     Returns:
         The callable, or a Skip that says why there is none.
@@ -82,7 +130,7 @@ def peer(name: str, device: torch.device, module: str, adapt: Callable[[Any], Fn
     if why is not None:
         return Skip(why)
     try:
-        return adapt(importlib.import_module(module))
+        return adapt(import_bare(module) if bare else importlib.import_module(module))
     except (ImportError, AttributeError, OSError, RuntimeError) as err:
         return Skip(f"{PEERS[name].module} {version(name)} does not offer it: {type(err).__name__}: {err}")
 
@@ -96,3 +144,9 @@ def version(name: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def versions() -> dict[str, str]:
+    """Distribution -> version of every peer that is here."""
+    found = {entry.distribution: version(name) for name, entry in PEERS.items() if entry.distribution}
+    return {name: here for name, here in found.items() if here is not None}

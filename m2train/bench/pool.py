@@ -59,7 +59,6 @@ class Worker:
         if config.site is not None:
             command.append(str(config.site))
         environment = os.environ | {"OMP_NUM_THREADS": str(config.threads), "PYTHONHASHSEED": "0"}
-        environment.pop("PYTHONPATH", None)
         if config.timer == "callgrind":
             prefix = Path(self._scratch.name) / "callgrind"
             command = callgrind.command(prefix) + command
@@ -96,7 +95,15 @@ class Worker:
             ValueError: the request was wrong (a user's mistake).
             WorkerError: it failed, died, or took too long.
         """
+        self.post(op, **request)
+        return self.answer(op)
+
+    def post(self, op: str, **request: Any) -> None:
+        """Send a request; `answer` waits for what comes of it."""
         self._send({"op": op, **request})
+
+    def answer(self, op: str) -> Any:
+        """Wait for the answer to the last request; raises as `ask`."""
         return self._receive(op)
 
     def _send(self, request: dict[str, Any]) -> None:
@@ -162,3 +169,44 @@ def workers(configs: Sequence[WorkerConfig]) -> Iterator[list[Worker]]:
         for worker in found:
             worker.ready()
         yield found
+
+
+class Pool:
+    """Some workers alike, which are replaced together when one of them breaks."""
+
+    def __init__(self, config: WorkerConfig, number: int) -> None:
+        self._configs = [config] * number
+        self._running = ExitStack()
+        self.workers: list[Worker] = []
+
+    def __enter__(self) -> Pool:
+        self.workers = self._running.enter_context(workers(self._configs))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._running.close()
+
+    def restart(self) -> None:
+        """End all processes and start others.
+
+        Raises:
+            WorkerError: they do not start either.
+        """
+        self._running.close()
+        self.__enter__()
+
+    def ask(self, op: str, **request: Any) -> list[Any]:
+        """Ask all of them at once; the answers in their order. Raises as `Worker.ask`, when all have answered."""
+        for worker in self.workers:
+            worker.post(op, **request)
+        answers, errors = [], []
+        for worker in self.workers:
+            try:
+                answers.append(worker.answer(op))
+            except (ValueError, WorkerError) as err:
+                errors.append(err)
+        if errors:
+            raise errors[0]
+        return answers

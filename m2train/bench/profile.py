@@ -1,7 +1,8 @@
 """The exact command of a profiler for one launch, and running it where the tool is there.
 
-The launch is in the NVTX domain `m2`: a start/end range `m2bench`, which the tools filter by, around a push/pop range
-`case/impl/shape/phase`. The trainer's ranges are in the same domain, so that one nsys file shows step, op and kernel.
+The tools record between cudaProfilerStart and Stop, which `launch_once` calls around one launch: that needs no other
+package. With the nvtx package the launch is also in the NVTX domain `m2`: a start/end range `m2bench` around a
+push/pop range `case/impl/shape/phase`. The trainer's ranges are there too: one nsys file shows step, op and kernel.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from typing import Any
 
 import torch
 
-from m2train.bench import registry
+from m2train.bench import dram, registry
 from m2train.bench.case import Skip
+from m2train.bench.launch import callable_of, launch, make_ring
+from m2train.bench.nvtx import launch_range
 from m2train.bench.registry import Selector
 from m2train.bench.runner import RunOptions
-from m2train.bench.worker import Bench, run_once
+from m2train.bench.worker import Bench
 
 TOOLS = ("ncu", "nsys", "proton")
 _ENVIRONMENT = {"CUDA_INJECTION64_PATH": "none"}
@@ -46,7 +49,7 @@ def command(pattern: str, tool: str, out: Path, cases: Path, device: str, dtype:
     module = [sys.executable, "-m", "m2train.bench.cli", *once]
     if tool == "ncu":
         return [
-            *("ncu", "--nvtx", "--nvtx-include", "m2@m2bench", "--set", "full", "--import-source", "yes"),
+            *("ncu", "--nvtx", "--profile-from-start", "off", "--set", "full", "--import-source", "yes"),
             *("--cache-control", "none", "--clock-control", "none", "--force-overwrite", "-o", str(name)),
             *module,
         ]
@@ -77,6 +80,26 @@ def run(tool: str, words: list[str], out: Path) -> int:
     return subprocess.run(words, env=os.environ | _ENVIRONMENT, check=False).returncode
 
 
+def launched(words: list[str]) -> tuple[str, str, str, str, str]:
+    """case, impl, shape, phase and dtype of a command."""
+    case, impl, shape, phase = words[words.index("run") + 1].split("/")
+    return case, impl, shape, phase, words[words.index("--dtype") + 1]
+
+
+def measured_dram(words: list[str]) -> float:
+    """Bytes that the launch of an ncu command moved to and from DRAM, read from the report that the command wrote.
+
+    Raises:
+        ValueError: ncu cannot read the report, or the counters are not in it.
+    """
+    report = Path(words[words.index("-o") + 1]).with_suffix(".ncu-rep")
+    command = ["ncu", "--import", str(report), "--csv", "--page", "raw", "--metrics", ",".join(dram.COUNTERS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise ValueError(f"ncu cannot read {report}: {done.stderr.strip() or done.stdout.strip()}")
+    return dram.total(done.stdout)
+
+
 def launch_once(options: RunOptions) -> None:
     """`m2bench run CASE --once`: one launch of one implementation in this process, nothing measured.
 
@@ -102,3 +125,21 @@ def launch_once(options: RunOptions) -> None:
     if isinstance(impl, Skip):
         raise ValueError(f"{spec.name}/{selector.impl} cannot run here: {impl}")
     run_once(bench, selector.phase, selector.impl)
+
+
+def run_once(bench: Bench, phase: str, impl: str) -> None:
+    """One launch for a profiler: first one outside of the range, for what is set up once."""
+    fn = callable_of(bench.case, impl)
+    ring, _ = make_ring(bench.case, "warm", 0)
+    phase = "fwd" if phase == "fwd" else "both"
+    launch(bench.case, fn, ring[0], phase)
+    cuda = bench.device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+    with launch_range(f"{bench.spec.name}/{impl}/{bench.shape}/{phase}"):
+        launch(bench.case, fn, ring[0], phase)
+        if cuda:
+            torch.cuda.synchronize()
+    if cuda:
+        torch.cuda.profiler.stop()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from m2train.bench import peers
 from m2train.bench.case import REGISTERED, SUITES, Case, CaseSpec, Skip, SlowStart
 from m2train.bench.shapes import load_workload
 
@@ -44,6 +45,7 @@ def load(folder: Path, workload: Path | None = None) -> dict[str, CaseSpec]:
     Raises:
         ValueError: two cases have one name.
     """
+    peers.use_folder()
     REGISTERED.clear()
     if str(folder.resolve()) not in sys.path:
         sys.path.append(str(folder.resolve()))  # case files may import one another

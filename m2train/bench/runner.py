@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from m2train.bench import ceilings as ceiling_store
 from m2train.bench import env, registry, stats
 from m2train.bench.case import CaseSpec
 from m2train.bench.ceilings import Ceilings, physics
-from m2train.bench.pool import Worker, WorkerConfig, WorkerError, workers
+from m2train.bench.pool import Pool, WorkerConfig, WorkerError
 from m2train.bench.registry import Selector
 from m2train.bench.schema import Identity, Memory, Numerics, Ratio, Row, Timing, row_id
 
@@ -32,12 +33,14 @@ class Budget:
     """Of sampling, per implementation and process."""
     warmup_s: float
     min_sample_s: float = 1e-3
+    energy_s: float = 0.0
+    """CUDA: of repeating an implementation for its energy."""
 
 
 BUDGETS = {
-    "smoke": Budget(processes=2, seconds=0.3, warmup_s=0.2),
-    "paper": Budget(processes=3, seconds=1.5, warmup_s=0.2),
-    "nightly": Budget(processes=5, seconds=5.0, warmup_s=0.5),
+    "smoke": Budget(processes=3, seconds=0.2, warmup_s=0.2),
+    "paper": Budget(processes=4, seconds=1.2, warmup_s=0.2, energy_s=0.4),
+    "nightly": Budget(processes=5, seconds=5.0, warmup_s=0.5, energy_s=1.0),
 }
 
 
@@ -61,17 +64,14 @@ class RunOptions:
     """Measure the machine's ceilings when the file has none."""
     processes: int | None = None
     seconds: float | None = None
+    minutes: float | None = None
+    """None: no limit. What is not begun by then becomes rows that say so; most wanted shapes come first."""
 
     @property
     def budget(self) -> Budget:
         """That of the suite, with what was set."""
         base = BUDGETS[self.suite]
-        return Budget(
-            processes=self.processes or base.processes,
-            seconds=self.seconds or base.seconds,
-            warmup_s=base.warmup_s,
-            min_sample_s=base.min_sample_s,
-        )
+        return replace(base, processes=self.processes or base.processes, seconds=self.seconds or base.seconds)
 
     def config(self) -> WorkerConfig:
         """Of its workers."""
@@ -87,15 +87,43 @@ def run(options: RunOptions, say: Say) -> Iterator[Row]:
         ValueError: what was asked for does not exist.
         WorkerError: a measuring process died.
     """
+    start = time.monotonic()
     specs = registry.load(options.cases, options.workload)
-    jobs = registry.select(specs, options.patterns, options.suite)
+    jobs = [
+        (spec, shape, dtype, selector)
+        for spec, shape, selector in registry.select(specs, options.patterns, options.suite)
+        for dtype in _dtypes(spec, options)
+    ]
+    if options.minutes is not None:
+        jobs = _most_wanted_first(jobs)
     device = torch.device(options.device)
-    with workers([options.config()] * options.budget.processes) as pool:
-        facts = pool[0].facts
-        found = _ceilings(options, device, facts["machine"]["id"], say)
-        for spec, shape, selector in jobs:
-            for dtype in _dtypes(spec, options):
-                yield from _Group(options, pool, found, spec, shape, dtype, selector, say).rows()
+    with Pool(options.config(), options.budget.processes) as pool:
+        found = _ceilings(options, device, pool.workers[0].facts["machine"]["id"], say)
+        for spec, shape, dtype, selector in jobs:
+            group = _Group(options, pool, found, spec, shape, dtype, selector, say)
+            if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
+                yield group.whole("skipped", f"not begun: the {options.minutes:g} minutes of --minutes were over")
+                continue
+            try:
+                yield from group.rows()
+            except WorkerError as err:
+                yield group.whole("refused", f"a measuring process broke, others were started: {err}")
+                pool.restart()
+
+
+_Job = tuple[CaseSpec, str, str, Selector]
+
+
+def _most_wanted_first(jobs: list[_Job]) -> list[_Job]:
+    """First dtypes before second ones; shapes that a case wants first before the others; cases in turn."""
+    seen: dict[tuple[str, str], int] = {}
+    ranked = []
+    for job in jobs:
+        spec, shape, dtype, _ = job
+        number = seen[spec.name, dtype] = seen.get((spec.name, dtype), -1) + 1
+        first = spec.first.index(shape) if shape in spec.first else len(spec.first) + number
+        ranked.append((dtype != registry.dtype_name(spec.dtypes[0]), first, job))
+    return [job for *_, job in sorted(ranked, key=lambda entry: entry[:2])]
 
 
 def _dtypes(spec: CaseSpec, options: RunOptions) -> list[str]:
@@ -122,7 +150,7 @@ class _Group:
     def __init__(
         self,
         options: RunOptions,
-        pool: list[Worker],
+        pool: Pool,
         found: Ceilings | None,
         spec: CaseSpec,
         shape: str,
@@ -132,36 +160,84 @@ class _Group:
     ) -> None:
         self.options, self.pool, self.ceilings, self.say = options, pool, found, say
         self.spec, self.shape, self.dtype, self.selector = spec, shape, dtype, selector
-        self.machine, self.build = pool[0].facts["machine"], pool[0].facts["build"]
+        self.machine, self.build = pool.workers[0].facts["machine"], pool.workers[0].facts["build"]
         self.opened: dict[str, Any] = {}
         self.ours: list[str] = []
+        self.lost: dict[str, str] = {}
+        """Implementations that took a process's GPU with them."""
 
     def rows(self) -> Iterator[Row]:
         """Of every phase, cache state and implementation."""
         self.say(f"{self.spec.name} {self.shape} {self.dtype}")
-        opened = [worker.ask("open", case=self.spec.name, shape=self.shape, dtype=self.dtype) for worker in self.pool]
-        self.opened = opened[0]
-        if "skip" in self.opened:
-            phase = self.selector.phase if self.selector.phase in ("fwd", "bwd", "both") else "fwd"
-            yield self._row("*", phase, self._caches(True)[0], "skipped", reason=self.opened["skip"])
+        if not self.open():
+            yield self.whole(*self.closed())
             return
         chosen = self.choose()
         for phase in chosen["phases"]:
-            self.say(f"{self.spec.name} {self.shape} {self.dtype} {phase}: checking")
-            checked = self.pool[0].ask("check", phase=phase, impls=chosen["impls"])
-            good = [name for name in chosen["impls"] if checked[name]["numerics"]["verdict"] == "ok"]
+            checked = self._checked(chosen, phase)
+            good = [name for name, entry in checked.items() if entry["numerics"]["verdict"] == "ok"]
             for cache in self._caches(chosen["rotates"]):
                 for name, reason in chosen["skipped"].items():
                     yield self._row(name, phase, cache, "skipped", reason=reason)
                 for name in chosen["impls"]:
                     if name not in good:
-                        numerics = Numerics.model_validate(checked[name]["numerics"])
+                        entry = checked.get(
+                            name, {"numerics": {"verdict": "refused", "reason": self.lost.get(name, "")}}
+                        )
+                        numerics = Numerics.from_dict(entry["numerics"])
                         yield self._row(name, phase, cache, "refused", reason=numerics.reason, numerics=numerics)
                 yield from self._timed(chosen, phase, cache, good, checked)
 
+    def open(self) -> bool:
+        """Build the case in every process; False if it has no rows here."""
+        answers = self.pool.ask("open", case=self.spec.name, shape=self.shape, dtype=self.dtype)
+        self.opened = next((answer for answer in answers if "skip" in answer or "failed" in answer), answers[0])
+        return "bytes" in self.opened
+
+    def closed(self) -> tuple[str, str]:
+        """Status and reason of a case that has no rows here."""
+        return ("skipped", self.opened["skip"]) if "skip" in self.opened else ("refused", self.opened["failed"])
+
+    def whole(self, status: str, reason: str) -> Row:
+        """One row that stands for all implementations."""
+        phase = self.selector.phase if self.selector.phase in ("fwd", "bwd", "both") else "fwd"
+        return self._row("*", phase, self._caches(True)[0], status, reason=reason)
+
+    def _checked(self, chosen: dict[str, Any], phase: str) -> dict[str, Any]:
+        """Numerics by implementation; those in `lost` are left out, after whom all processes were started anew."""
+        while True:
+            self.say(f"{self.spec.name} {self.shape} {self.dtype} {phase}: checking")
+            names = [name for name in chosen["impls"] if name not in self.lost]
+            found: dict[str, Any] = self.pool.workers[0].ask("check", phase=phase, impls=names)
+            if "lost" not in found:
+                return found
+            self.lost[found["lost"]] = found["reason"]
+            self.pool.restart()
+            self.open()
+            self.choose()
+
+    def numerics(self) -> Iterator[Row]:
+        """As `rows`, without times."""
+        self.say(f"{self.spec.name} {self.shape} {self.dtype}")
+        if not self.open():
+            yield self.whole(*self.closed())
+            return
+        chosen = self.choose()
+        for phase in chosen["phases"]:
+            for name, reason in chosen["skipped"].items():
+                yield self._row(name, phase, "warm", "skipped", reason=reason)
+            for name, entry in self._checked(chosen, phase).items():
+                numerics, memory = Numerics.from_dict(entry["numerics"]), Memory.from_dict(entry.get("memory", {}))
+                status = "ok" if numerics.verdict == "ok" else "refused"
+                yield self._row(name, phase, "warm", status, reason=numerics.reason, numerics=numerics, memory=memory)
+            for name in self.lost.keys() & set(chosen["impls"]):
+                yield self._row(name, phase, "warm", "refused", reason=self.lost[name])
+
     def choose(self) -> dict[str, Any]:
         """What the selection means for the case that is open."""
-        chosen: dict[str, Any] = self.pool[0].ask("choose", pattern=asdict(self.selector), suite=self.options.suite)
+        chosen: dict[str, Any] = self.pool.workers[0].ask(
+            "choose", pattern=asdict(self.selector), suite=self.options.suite
+        )
         self.ours = chosen["ours"]
         return chosen
 
@@ -176,35 +252,40 @@ class _Group:
         if not good:
             return
         budget = self.options.budget
-        answers = []
-        for number, worker in enumerate(self.pool):
-            self.say(f"{self.spec.name} {self.shape} {phase} {cache}: process {number + 1} of {len(self.pool)}")
+        answers: list[dict[str, Any]] = []
+        for number, worker in enumerate(self.pool.workers):
+            self.say(f"{self.spec.name} {self.shape} {phase} {cache}: process {number + 1} of {budget.processes}")
             answer = worker.ask(
                 "measure",
                 phase=phase,
                 cache=cache,
                 impls=good,
+                timer=answers[0]["timer"] if answers else None,
                 budget_s=budget.seconds,
                 warmup_s=budget.warmup_s,
                 min_sample_s=budget.min_sample_s,
+                # The process that has the oracle, and one that need not be repeated for an interval.
+                stale=not answers,
+                energy_s=0.0 if answers else budget.energy_s,
             )
             if "skip" in answer:
                 for name in good:
                     yield self._row(name, phase, cache, "skipped", reason=answer["skip"])
                 return
             answers.append(answer)
+        timer = answers[0]["timer"]
         states = [state for answer in answers for state in answer["gpu"]]
         for name in good:
-            numerics = Numerics.model_validate(checked[name]["numerics"])
-            late = next((answer["stale"][name] for answer in answers if name in answer["stale"]), None)
+            numerics = Numerics.from_dict(checked[name]["numerics"])
+            late = answers[0]["stale"].get(name)
             if late is not None:
                 numerics.verdict, numerics.reason = "refused", f"after timing: {late}"
-                yield self._row(name, phase, cache, "refused", reason=numerics.reason, numerics=numerics)
+                yield self._row(name, phase, cache, "refused", reason=numerics.reason, numerics=numerics, timer=timer)
                 continue
             baseline = chosen["baseline"] if chosen["baseline"] in good else None
             timing = make_timing(name, baseline, answers)
-            row = self._row(name, phase, cache, "ok", timing=timing, numerics=numerics)
-            row.memory = Memory.model_validate(checked[name]["memory"])
+            row = self._row(name, phase, cache, "ok", timing=timing, numerics=numerics, timer=timer)
+            row.memory = Memory.from_dict(checked[name]["memory"])
             moved, flops = chosen["cost"][phase]
             row.physics = physics(
                 moved,
@@ -212,15 +293,16 @@ class _Group:
                 self.ceilings,
                 seconds=timing.median if timing.unit == "s" else None,
                 dtype=self.dtype,
-                timer=self.options.timer,
+                timer=timer,
                 in_cache=cache == "warm" and self.opened["bytes"] < self.opened["cache"] / 2,
                 threads=self.options.threads,
             )
+            row.physics.energy_j = answers[0]["energy_j"].get(name)
             if states:
                 row.machine = row.machine | {"during": env.spread(states)}
             yield row
 
-    def _row(self, impl: str, phase: str, cache: str, status: str, **parts: Any) -> Row:
+    def _row(self, impl: str, phase: str, cache: str, status: str, *, timer: str | None = None, **parts: Any) -> Row:
         options = self.options
         identity = Identity(
             case=self.spec.name,
@@ -229,7 +311,7 @@ class _Group:
             dtype=self.dtype,
             phase=phase,  # type: ignore[arg-type]
             cache=cache,  # type: ignore[arg-type]
-            timer=options.timer,
+            timer=timer or options.timer,
             device=options.device,
             threads=options.threads,
         )
@@ -281,6 +363,7 @@ def repro_command(identity: Identity, options: RunOptions) -> str:
     words = ["m2bench", "run", f"{i.case}/{i.impl}/{i.shape}/{i.phase}", "--suite", options.suite]
     words += ["--device", i.device, "--dtype", i.dtype, "--timer", i.timer, "--cache", i.cache]
     words += ["--threads", str(i.threads), "--processes", str(options.budget.processes)]
+    words += ["--seconds", f"{options.budget.seconds:g}"]
     if options.workload is not None:
         words += ["--workload", str(options.workload)]
     return shlex.join(words)
@@ -294,29 +377,15 @@ def check(options: RunOptions, say: Say) -> Iterator[Row]:
     """
     specs = registry.load(options.cases, options.workload)
     jobs = registry.select(specs, options.patterns, options.suite)
-    with workers([options.config()]) as pool:
+    with Pool(options.config(), 1) as pool:
         for spec, shape, selector in jobs:
             for dtype in _dtypes(spec, options):
                 group = _Group(options, pool, None, spec, shape, dtype, selector, say)
-                yield from _checked(group)
-
-
-def _checked(group: _Group) -> Iterator[Row]:
-    worker = group.pool[0]
-    group.say(f"{group.spec.name} {group.shape} {group.dtype}")
-    opened = worker.ask("open", case=group.spec.name, shape=group.shape, dtype=group.dtype)
-    if "skip" in opened:
-        yield group._row("*", "fwd", "warm", "skipped", reason=opened["skip"])
-        return
-    chosen = group.choose()
-    for phase in chosen["phases"]:
-        for name, reason in chosen["skipped"].items():
-            yield group._row(name, phase, "warm", "skipped", reason=reason)
-        for name, entry in worker.ask("check", phase=phase, impls=chosen["impls"]).items():
-            numerics = Numerics.model_validate(entry["numerics"])
-            status = "ok" if numerics.verdict == "ok" else "refused"
-            memory = Memory.model_validate(entry.get("memory", {}))
-            yield group._row(name, phase, "warm", status, reason=numerics.reason, numerics=numerics, memory=memory)
+                try:
+                    yield from group.numerics()
+                except WorkerError as err:
+                    yield group.whole("refused", f"the process broke, another was started: {err}")
+                    pool.restart()
 
 
 __all__ = ["BUDGETS", "Budget", "RunOptions", "WorkerError", "check", "make_timing", "repro_command", "run"]

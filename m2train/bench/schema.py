@@ -6,19 +6,15 @@ Rows are JSON Lines. `schema_version` changes with the meaning of a field; a rea
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from m2train.bench.parts import Part
 
 Bound = Literal["memory", "compute", "launch"]
 
 
-class Part(BaseModel):
-    """Base of all parts: unknown fields are errors."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
+@dataclass(kw_only=True)
 class Identity(Part):
     """What was measured, and with which clock."""
 
@@ -34,6 +30,7 @@ class Identity(Part):
     threads: int
 
 
+@dataclass(kw_only=True)
 class Ratio(Part):
     """Time of this row over time of another one, measured in the same rounds; under 1 is faster."""
 
@@ -43,6 +40,7 @@ class Ratio(Part):
     high: float
 
 
+@dataclass(kw_only=True)
 class Timing(Part):
     """Per launch, in `unit`; centre and interval are of the median over all processes."""
 
@@ -65,6 +63,7 @@ class Timing(Part):
     note: str = ""
 
 
+@dataclass(kw_only=True)
 class Physics(Part):
     """What the case says must be moved and computed, and how near to the machine's own best that is."""
 
@@ -80,9 +79,14 @@ class Physics(Part):
     """Speed of light: the largest of the three times."""
     sol_percent: float | None = None
     bound: Bound | None = None
+    dram_bytes: float | None = None
+    """Read and written, as Nsight Compute counted them (`m2bench profile --rows`)."""
+    energy_j: float | None = None
+    """CUDA: of a launch, idle power of the board included; from NVML's energy counter."""
     note: str = ""
 
 
+@dataclass(kw_only=True)
 class Numerics(Part):
     """How right the results are."""
 
@@ -94,9 +98,10 @@ class Numerics(Part):
     """Over the baseline's error at the same dtype."""
     bitwise_repeat: bool | None = None
     batch_invariant: bool | None = None
-    quality: dict[str, float] = Field(default_factory=dict)
+    quality: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(kw_only=True)
 class Memory(Part):
     """Bytes beyond the inputs; None: not measured."""
 
@@ -105,6 +110,7 @@ class Memory(Part):
     how: str = ""
 
 
+@dataclass(kw_only=True)
 class Row(Part):
     """One line of a row file."""
 
@@ -118,9 +124,9 @@ class Row(Part):
     """One of this project's implementations; the others are there to be compared with."""
     identity: Identity
     timing: Timing | None = None
-    physics: Physics = Physics()
-    numerics: Numerics = Numerics()
-    memory: Memory = Memory()
+    physics: Physics = field(default_factory=Physics)
+    numerics: Numerics = field(default_factory=Numerics)
+    memory: Memory = field(default_factory=Memory)
     machine: dict[str, Any]
     build: dict[str, Any]
     repro: str
@@ -133,5 +139,5 @@ class Row(Part):
 
 def row_id(identity: Identity, created: str, machine_id: str) -> str:
     """Ten hex digits that name a row for `m2bench repro`."""
-    text = "\n".join([identity.model_dump_json(), created, machine_id])
+    text = "\n".join([identity.to_json(), created, machine_id])
     return hashlib.sha256(text.encode()).hexdigest()[:10]

@@ -32,35 +32,43 @@ def bootstrap_median(
     samples: Samples, *, level: float = 0.95, draws: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """Interval of the pooled median: processes are drawn with replacement, then samples within each."""
-    rng = np.random.default_rng(seed)
-    data = [np.asarray(one, dtype=np.float64) for one in samples]
-    found = np.empty(draws)
-    for k in range(draws):
-        chosen = rng.integers(len(data), size=len(data))
-        found[k] = np.median(np.concatenate([rng.choice(data[i], size=len(data[i])) for i in chosen]))
-    return _interval(found, level)
+    logs = [np.log(np.asarray(one, dtype=np.float64)) for one in samples]
+    low, high = _interval(logs, level, draws, seed)
+    return math.exp(low), math.exp(high)
 
 
 def bootstrap_ratio(
     above: Samples, below: Samples, *, level: float = 0.95, draws: int = 1000, seed: int = 0
 ) -> tuple[float, float, float]:
     """(median ratio, low, high) of paired samples: the i-th of both were taken in the same round."""
-    rng = np.random.default_rng(seed)
     logs = []
     for a, b in zip(above, below, strict=True):
         size = min(len(a), len(b))
         logs.append(np.log(np.asarray(a[:size])) - np.log(np.asarray(b[:size])))
-    found = np.empty(draws)
-    for k in range(draws):
-        chosen = rng.integers(len(logs), size=len(logs))
-        found[k] = np.median(np.concatenate([rng.choice(logs[i], size=len(logs[i])) for i in chosen]))
-    low, high = _interval(found, level)
+    low, high = _interval(logs, level, draws, seed)
     return math.exp(float(np.median(np.concatenate(logs)))), math.exp(low), math.exp(high)
 
 
-def _interval(found: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+def _interval(data: Sequence[np.ndarray], level: float, draws: int, seed: int) -> tuple[float, float]:
+    """Of the pooled median: its bootstrap standard error times Student's t for the number of processes.
+
+    Quantiles of the draws would be too narrow: of 3 processes they hold what they promise in 3 of 4 cases, for they
+    know neither that 3 draws vary less than 3 processes (by k - 1 over k) nor how unsure a spread of 3 values is. One
+    process says nothing of others: its quantiles are those of its samples alone.
+    """
+    rng = np.random.default_rng(seed)
+    found = np.empty(draws)
+    for k in range(draws):
+        chosen = rng.integers(len(data), size=len(data))
+        found[k] = np.median(np.concatenate([rng.choice(data[i], size=len(data[i])) for i in chosen]))
+    number = len(data)
+    if number == 1:
+        low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+    center = float(np.median(np.concatenate(data)))
+    error = float(found.std()) * math.sqrt(number / (number - 1))
+    reach = t_quantile((1 + level) / 2, number - 1) * error
+    return center - reach, center + reach
 
 
 def half_width(samples: Sequence[float]) -> float:

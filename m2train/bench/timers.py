@@ -38,6 +38,9 @@ class Timer(ABC):
     def settle(self) -> None:  # noqa: B027  (on a CPU a call that has returned is done)
         """Wait until nothing is running."""
 
+    def forget(self) -> None:  # noqa: B027  (most keep nothing)
+        """Let go of what is kept for launches that have been timed."""
+
 
 class CpuTimer(Timer):
     """CPU time of the process."""
@@ -108,6 +111,10 @@ class EventTimer(Timer):
         return begin.elapsed_time(end) * 1e-3 / len(launches)
 
 
+class GraphError(RuntimeError):
+    """Launches that cannot be captured: they synchronise with the host, or allocate in ways that capture forbids."""
+
+
 class GraphTimer(Timer):
     """One replay of a graph that holds the launches; captured once for the same launches."""
 
@@ -115,16 +122,23 @@ class GraphTimer(Timer):
     bwd_alone = False
 
     def __init__(self) -> None:
-        self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
+        # With the launches, which it keeps alive: another launch at a freed one's address would find the wrong graph.
+        self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, list[Launch]]] = {}
 
     def settle(self) -> None:
         torch.cuda.synchronize()
 
+    def forget(self) -> None:
+        self._graphs.clear()
+
     def time(self, launches: Sequence[Launch]) -> float:
         key = tuple(id(one) for one in launches)
         if key not in self._graphs:
-            self._graphs[key] = _capture(launches)
-        graph = self._graphs[key]
+            try:
+                self._graphs[key] = (_capture(launches), list(launches))
+            except RuntimeError as err:
+                raise GraphError(" ".join(str(err).split())[:200]) from err
+        graph, _ = self._graphs[key]
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         begin.record()

@@ -24,33 +24,12 @@ import torch
 from m2train.bench import env, registry
 from m2train.bench.case import Case, CaseSpec, Skip
 from m2train.bench.check import Checker, Guards
-from m2train.bench.launch import Launch, arm, callable_of, input_bytes, launch, make_ring, prepare
+from m2train.bench.energy import counter, joules
+from m2train.bench.launch import arm, callable_of, input_bytes, make_ring, prepare
+from m2train.bench.measurement import Measurement, Ready, warm
 from m2train.bench.memory import measure_memory
 from m2train.bench.schema import Numerics
-from m2train.bench.stats import half_width
-from m2train.bench.timers import CallgrindTimer, GraphTimer, Timer, make_timer
-
-CONVERGED = 0.005
-"""Half-width of the median's interval at which sampling ends."""
-MIN_ROUNDS = 5
-MAX_ROUNDS = 400
-
-
-@dataclass
-class Ready:
-    """One implementation, ready to be timed."""
-
-    launches: list[Launch]
-    per_sample: int = 1
-    at: int = 0
-
-    def take(self, whole: bool) -> list[Launch]:
-        """The next launches round the ring; `whole`: always the same ones (a graph is captured once)."""
-        size = len(self.launches)
-        start = 0 if whole else self.at
-        picked = [self.launches[(start + i) % size] for i in range(self.per_sample)]
-        self.at = (start + self.per_sample) % size
-        return picked
+from m2train.bench.timers import CallgrindTimer, GraphError, GraphTimer, Timer, make_timer
 
 
 @dataclass
@@ -76,7 +55,7 @@ class Bench:
         try:
             return self.checker(phase).run(name)
         except Exception as err:  # noqa: BLE001  (whatever a candidate raises is its verdict)
-            return Numerics(verdict="refused", reason=f"{type(err).__name__}: {' '.join(str(err).split())[:300]}")
+            return Numerics(verdict="refused", reason=brief(err))
 
     def ready(
         self, names: list[str], phase: str, cache: str, timer: Timer, min_sample_s: float, warmup_s: float
@@ -86,66 +65,8 @@ class Bench:
         found = {}
         for name in names:
             launches = prepare(self.case, callable_of(self.case, name), ring, phase)
-            found[name] = _warm(Ready(launches), timer, min_sample_s, warmup_s)
+            found[name] = warm(Ready(launches), timer, min_sample_s, warmup_s)
         return found, note
-
-
-def _warm(one: Ready, timer: Timer, min_sample_s: float, warmup_s: float) -> Ready:
-    """Run for `warmup_s`, then choose the launches of a sample."""
-    if isinstance(timer, CallgrindTimer):
-        for i in range(3):
-            arm(one.launches[i : i + 1] or one.launches[:1])
-            (one.launches[i : i + 1] or one.launches[:1])[0]()
-        return one
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < warmup_s or count < 2:
-        picked = one.take(False)
-        arm(picked)
-        for run in picked:
-            run()
-        timer.settle()
-        count += 1
-    each = (time.perf_counter() - start) / count
-    one.per_sample = max(1, round(min_sample_s / each))
-    if isinstance(timer, GraphTimer):  # every replay goes round the whole ring: no launch finds its data cached
-        one.per_sample = max(one.per_sample, len(one.launches))
-    elif len(one.launches) > 1:
-        one.per_sample = min(one.per_sample, len(one.launches))
-    return one
-
-
-class Measurement:
-    """Interleaved rounds over several implementations in one process."""
-
-    def __init__(self, ready: dict[str, Ready], timer: Timer) -> None:
-        self.ready, self.timer = ready, timer
-        self.samples: dict[str, list[float]] = {name: [] for name in ready}
-
-    def round(self, number: int) -> None:
-        """One sample of each; every other round in reverse, so that none always follows the same one."""
-        names = list(self.ready)
-        whole = isinstance(self.timer, GraphTimer)
-        for name in names if number % 2 == 0 else reversed(names):
-            self.samples[name].append(self.timer.time(self.ready[name].take(whole)))
-
-    def run(self, budget_s: float, rounds: int | None = None) -> str:
-        """Rounds until every interval is narrow, or the budget is spent; says which."""
-        gc.collect()
-        gc.disable()
-        start, number = time.perf_counter(), 0
-        try:
-            while True:
-                self.round(number)
-                number += 1
-                if rounds is not None and number >= rounds:
-                    return "budget"
-                if number >= MIN_ROUNDS:
-                    if all(half_width(s) < CONVERGED for s in self.samples.values()):
-                        return "converged"
-                    if time.perf_counter() - start > budget_s or number >= MAX_ROUNDS:
-                        return "budget"
-        finally:
-            gc.enable()
 
 
 class Server:
@@ -156,14 +77,17 @@ class Server:
         self.threads = int(config["threads"])
         torch.set_num_threads(self.threads)
         self.cases = Path(config["cases"])
-        workload = Path(config["workload"]) if config.get("workload") else None
-        self.specs = registry.load(self.cases, workload)
+        self.workload = Path(config["workload"]) if config.get("workload") else None
+        self.specs = registry.load(self.cases, self.workload)
         self.timer = make_timer(config["timer"], self.device)
         self.bench: Bench | None = None
         self.armed: tuple[Ready, Timer] | None = None
 
     def hello(self) -> dict[str, Any]:
-        return {"machine": env.machine(self.device), "build": env.build(self.cases), "pid": os.getpid()}
+        build = env.build(self.cases) | {"cases": env.digest(sorted(self.cases.glob("*.py")))}
+        if self.workload is not None:
+            build["workload"] = env.digest([self.workload])
+        return {"machine": env.machine(self.device), "build": build, "pid": os.getpid()}
 
     def open(self, case: str, shape: str, dtype: str, seed: int = 0) -> dict[str, Any]:
         self.bench, self.armed = None, None
@@ -176,6 +100,9 @@ class Server:
             built = spec.make(shape, kind, self.device, seed)
         except Skip as skip:
             return {"skip": str(skip)}
+        except Exception as err:  # noqa: BLE001  (a case that cannot be built must not end the run)
+            traceback.print_exc()
+            return {"failed": f"the case cannot be built: {brief(err)}"}
         self.bench = Bench(spec=spec, case=built, shape=shape, dtype=kind, device=self.device)
         return {"bytes": input_bytes(built.inputs), "cache": env.cache_bytes(self.device)}
 
@@ -199,35 +126,96 @@ class Server:
         found = {}
         for name in impls:
             numerics = bench.check(name, phase)
-            entry: dict[str, Any] = {"numerics": numerics.model_dump()}
+            entry: dict[str, Any] = {"numerics": numerics.to_dict()}
             if numerics.verdict == "ok":
                 memory = measure_memory(bench.case, callable_of(bench.case, name), phase, self.device)
-                entry["memory"] = memory.model_dump()
+                entry["memory"] = memory.to_dict()
+            elif self._lost():
+                return {"lost": name, "reason": f"it broke the CUDA context: {numerics.reason}"}
             found[name] = entry
         return found
 
-    def measure(
-        self, phase: str, cache: str, impls: list[str], budget_s: float, warmup_s: float, min_sample_s: float
+    def _lost(self) -> bool:
+        """Whether nothing runs on the GPU any more in this process: an illegal access is one for all who follow."""
+        if self.device.type != "cuda":
+            return False
+        try:
+            torch.cuda.synchronize()
+            return bool(torch.ones(1, device=self.device).item() != 1.0)
+        except RuntimeError:
+            return True
+
+    def measure(self, phase: str, impls: list[str], *, timer: str | None = None, **how: Any) -> dict[str, Any]:
+        """Time some implementations by one clock: `timer`, or the one asked for, or what the case or they need.
+
+        An implementation that no CUDA graph can hold would be missing, or have another clock than those beside it.
+        """
+        bench = self._open()
+        chosen = self.timer if timer is None else make_timer(timer, self.device)
+        if timer is None and isinstance(chosen, GraphTimer) and bench.case.cuda_timer != "graph":
+            chosen = make_timer(bench.case.cuda_timer, self.device)
+        note = ""
+        try:
+            found = self._measured(chosen, phase, impls, **how)
+        except GraphError as err:
+            if timer is not None:
+                raise
+            torch.cuda.synchronize()
+            chosen, note = make_timer("events", self.device), f"{err}: events for all that are compared with it"
+            found = self._measured(chosen, phase, impls, **how)
+        found["note"] = "; ".join(filter(None, [found.get("note"), note]))
+        return found | {"timer": chosen.name}
+
+    def _measured(
+        self,
+        timer: Timer,
+        phase: str,
+        impls: list[str],
+        *,
+        cache: str,
+        budget_s: float,
+        warmup_s: float,
+        min_sample_s: float,
+        energy_s: float = 0.0,
+        stale: bool = True,
     ) -> dict[str, Any]:
         bench = self._open()
-        if phase == "bwd" and not self.timer.bwd_alone:
-            return {"skip": f"timer {self.timer.name} cannot time a backward without its forward"}
+        if phase == "bwd" and not timer.bwd_alone:
+            return {"skip": f"timer {timer.name} cannot time a backward without its forward"}
         before = env.gpu_state() if self.device.type == "cuda" else {}
-        ready, note = bench.ready(impls, phase, cache, self.timer, min_sample_s, warmup_s)
-        run = Measurement(ready, self.timer)
-        counting = isinstance(self.timer, CallgrindTimer)
-        stopped = run.run(budget_s * len(impls), 3 if counting else None)
-        stale = {name: bench.checker(phase).stale(name) for name in impls}
+        ready, note = bench.ready(impls, phase, cache, timer, min_sample_s, warmup_s)
+        run = Measurement(ready, timer)
+        try:
+            stopped = run.run(budget_s * len(impls), 3 if isinstance(timer, CallgrindTimer) else None)
+        finally:
+            timer.forget()
+        after = env.gpu_state() if before else {}
+        late = {name: bench.checker(phase).stale(name) for name in impls} if stale else {}
         return {
             "samples": run.samples,
             "launches": {name: one.per_sample for name, one in ready.items()},
             "launch_us": {name: self._enqueue_us(one) for name, one in ready.items()},
+            "energy_j": {name: self._joules(one, energy_s) for name, one in ready.items()} if energy_s else {},
             "stopped": stopped,
-            "stale": {name: why for name, why in stale.items() if why},
-            "unit": self.timer.unit,
+            "stale": {name: why for name, why in late.items() if why},
+            "unit": timer.unit,
             "note": note,
-            "gpu": [before, env.gpu_state()] if before else [],
+            "gpu": [before, after] if before else [],
         }
+
+    def _joules(self, one: Ready, seconds: float) -> float | None:
+        """CUDA: energy of a launch, where NVML counts it. A forward that bwd needs would be counted too."""
+        read, _ = counter(self.device)
+        if read is None or not all(callable(x) and not hasattr(x, "arm") for x in one.launches):
+            return None
+
+        def launch() -> None:
+            for run in one.launches:
+                run()
+            torch.cuda.synchronize()
+
+        whole = joules(launch, read, seconds)
+        return None if whole is None else whole / len(one.launches)
 
     def _enqueue_us(self, one: Ready) -> float | None:
         """CUDA: what Python needs to enqueue a launch, with nothing waiting on the device."""
@@ -267,51 +255,6 @@ class Server:
         return self.bench
 
 
-def run_once(bench: Bench, phase: str, impl: str) -> None:
-    """One launch for a profiler: first one outside of the range, for what is set up once."""
-    fn = callable_of(bench.case, impl)
-    ring, _ = make_ring(bench.case, "warm", 0)
-    phase = "fwd" if phase == "fwd" else "both"
-    launch(bench.case, fn, ring[0], phase)
-    cuda = bench.device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.profiler.start()
-    with nvtx_range(f"{bench.spec.name}/{impl}/{bench.shape}/{phase}"):
-        launch(bench.case, fn, ring[0], phase)
-        if cuda:
-            torch.cuda.synchronize()
-    if cuda:
-        torch.cuda.profiler.stop()
-
-
-class nvtx_range:  # noqa: N801  (used as a context manager only)
-    """`name` as a push/pop range inside a start/end range `m2bench`, in the trainer's domain.
-
-    Profilers filter by the outer range, whose name needs no escaping: ncu takes the slashes of the inner one for
-    nesting.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._domain: Any = None
-        self._outer: Any = None
-
-    def __enter__(self) -> None:
-        try:
-            import nvtx
-        except ImportError:
-            return
-        self._domain = nvtx.get_domain("m2")
-        self._outer = self._domain.start_range(self._domain.get_event_attributes(message="m2bench"))
-        self._domain.push_range(self._domain.get_event_attributes(message=self._name))
-
-    def __exit__(self, *error: object) -> None:
-        if self._domain is not None:
-            self._domain.pop_range()
-            self._domain.end_range(self._outer)
-
-
 def serve() -> None:
     """Answer requests until stdin ends. What cases and libraries print goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
@@ -331,8 +274,14 @@ def serve() -> None:
                 _answer(answers, getattr(server, op)(**request))
         except Exception as err:  # noqa: BLE001  (reported to the parent, which decides)
             traceback.print_exc()
-            kind = "value" if isinstance(err, ValueError) else "error"
-            _answer(answers, None, **{kind: f"{type(err).__name__}: {' '.join(str(err).split())[:500]}"})
+            # Elsewhere a ValueError is a mistake of the case, not of who started the run.
+            kind = "value" if isinstance(err, ValueError) and op in ("start", "choose") else "error"
+            _answer(answers, None, **{kind: brief(err)})
+
+
+def brief(err: Exception) -> str:
+    """An exception on one line."""
+    return f"{type(err).__name__}: {' '.join(str(err).split())[:500]}"
 
 
 def _answer(out: TextIO, result: Any, **problem: str) -> None:

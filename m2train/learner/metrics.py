@@ -51,7 +51,7 @@ def step_metrics(
         **{f"policy/{name}": float(combined[name]) for name in _POLICY},
         **mismatch(behaviour, rollout),
         **importance(behaviour, rollout, recipe.algo),
-        **packing(plan, recipe),
+        **packing(plan, scored, recipe),
     }
 
 
@@ -85,15 +85,16 @@ def importance(
     }
 
 
-def packing(plan: StepPlan, recipe: Recipe) -> dict[str, float]:
-    """Tokens computed and those that sharing spared; tokens per room in the micro-batches, and per room of the
-    fullest (ranks wait for each other)."""
+def packing(plan: StepPlan, scored: Sequence[Scored], recipe: Recipe) -> dict[str, float]:
+    """Tokens computed and those that sharing spared; pairs in the tiles of attention per visible pair; and tokens per
+    room in the micro-batches, and per room of the fullest (ranks wait for each other)."""
     sizes = [size for rank in plan.tokens for size in rank]
     return {
         "learner/micro_batches": float(len(plan.members[0])),
         "learner/tokens": float(plan.input_tokens),
         "learner/unique_tokens": float(sum(sizes)),
         "learner/duplicate_tokens": float(plan.input_tokens - sum(sizes)),
+        "learner/tile_inflation": sum(one.area for one in scored) / sum(one.pairs for one in scored),
         "learner/packing_efficiency": sum(sizes) / (len(sizes) * recipe.learner.micro_batch_tokens),
         "learner/balance": sum(sizes) / (len(sizes) * max(sizes)),
     }

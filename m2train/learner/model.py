@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -90,6 +91,10 @@ class HeadOutput(NamedTuple):
     """f32[M], no gradient"""
     loss: torch.Tensor | None
     metrics: dict[str, torch.Tensor]
+
+
+HeadFunction = Callable[[torch.Tensor, torch.Tensor, "HeadRows"], HeadOutput]
+"""(hidden [T, D], weight [V / tp, D], rows to score) -> HeadOutput."""
 
 
 def transformer_config(model: HfModel, recipe: Recipe) -> TransformerConfig:
@@ -223,6 +228,8 @@ class PolicyModel(GPTModel):
         self.announce = False
         """Whether DDP counts gradients as they come (overlap): that of the head's weight is in main_grad already, but
         the hook on the weight has to be called."""
+        self.head: HeadFunction = self._fused_head
+        """Scores the rows of a step: another one may be set, to measure what the fused one gains."""
         self._head_rows: HeadRows | None = None
         if self.post_process:
             self._logits = self.output_layer.forward
@@ -269,7 +276,7 @@ class PolicyModel(GPTModel):
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden)
-        return self._fused_head(hidden[:, 0], self.output_layer.weight if weight is None else weight, self._head_rows)
+        return self.head(hidden[:, 0], self.output_layer.weight if weight is None else weight, self._head_rows)
 
     def _fused_head(self, hidden: torch.Tensor, weight: torch.Tensor, head: HeadRows) -> HeadOutput:
         common: dict[str, Any] = {

@@ -30,8 +30,11 @@ class Costs:
 
     @classmethod
     def of(cls, model: HfModel) -> Costs:
-        """From FLOPs: 24 h^2 a token and layer, 4 h a pair and layer, 2 h V a scored row."""
-        return cls(1 / (6 * model.hidden), model.vocab / (12 * model.hidden * model.layers))
+        """From FLOPs of the forward: 2 a weight and token, 4 heads x head_dim a pair, 2 h V a scored row."""
+        attention = model.hidden * model.head_dim * (2 * model.heads + 2 * model.kv_heads)
+        layer = 2 * (attention + 3 * model.hidden * model.ffn)
+        pair = 4 * model.heads * model.head_dim
+        return cls(pair / layer, 2 * model.hidden * model.vocab / (layer * model.layers))
 
     def __call__(self, tokens: float, pairs: float, rows: float) -> float:
         """The sum."""
@@ -92,26 +95,28 @@ def plan_step(batch: TrainBatch, recipe: Recipe, costs: Costs, rank: int = 0, mu
         ConfigError: `learner.micro_batches` is too small for the caps, or a sample exceeds one.
     """
     started = time.perf_counter()
-    members, tokens = plan_micro_batches(batch.samples, recipe, costs)
-    mine = [[batch.samples[i] for i in one] for one in members[rank]]
+    members, tokens = plan_micro_batches(batch.samples, recipe, costs, multiple)
+    shared = recipe.learner.packing == "tree"
+    forests = []
+    for one, rows in zip(members[rank], tokens[rank], strict=True):
+        pad = -rows % multiple if one else multiple
+        forests.append(plan_forest([batch.samples[i] for i in one], shared, pad))
     return StepPlan(
         members=members,
         tokens=tokens,
-        forests=[plan_forest(samples, recipe.learner.packing == "tree", multiple) for samples in mine],
+        forests=forests,
         input_tokens=sum(s.token_ids.numel() for s in batch.samples),
         seconds=time.perf_counter() - started,
     )
 
 
-def plan_forest(samples: Sequence[Sample], shared: bool, multiple: int = 1) -> mk.TreePlan:
-    """One micro-batch's forest. Its number of rows is a multiple of `multiple`, and positive, by a pad sequence."""
+def plan_forest(samples: Sequence[Sample], shared: bool, pad: int = 0) -> mk.TreePlan:
+    """One micro-batch's forest, with a sequence of `pad` rows as its last if there are any."""
     sequences = [s.token_ids for s in samples]
     keys = [0 if shared else i for i in range(len(samples))]
-    plan = mk.plan_tree(sequences, keys=keys)
-    pad = -plan.num_rows % multiple if samples else multiple
-    if not pad:
-        return plan
-    return mk.plan_tree([*sequences, torch.zeros(pad, dtype=torch.int64)], keys=[*keys, -1])
+    if pad:
+        sequences, keys = [*sequences, torch.zeros(pad, dtype=torch.int64)], [*keys, -1]
+    return mk.plan_tree(sequences, keys=keys)
 
 
 def build_micro_batch(
@@ -140,7 +145,7 @@ def build_micro_batch(
 
 
 def plan_micro_batches(
-    samples: Sequence[Sample], recipe: Recipe, costs: Costs
+    samples: Sequence[Sample], recipe: Recipe, costs: Costs, multiple: int = 1
 ) -> tuple[list[list[list[int]]], list[list[int]]]:
     """`members[dp rank][micro-batch]`, and the tokens of each; bins of similar cost run at the same time.
 
@@ -149,8 +154,8 @@ def plan_micro_batches(
     """
     learner = recipe.learner
     limit = Limit(
-        # Room is kept for the pad that sequence parallelism may need.
-        learner.micro_batch_tokens - (learner.tp - 1),
+        # What is padded to the multiple must not exceed the cap either.
+        learner.micro_batch_tokens - learner.micro_batch_tokens % multiple,
         float("inf") if learner.micro_batch_loss_rows is None else learner.micro_batch_loss_rows,
     )
     _check_samples(samples, limit, recipe)
@@ -175,7 +180,10 @@ def _check_samples(samples: Sequence[Sample], limit: Limit, recipe: Recipe) -> N
     learner = recipe.learner
     longest, scored = max(s.token_ids.numel() for s in samples), max(s.reply_length for s in samples)
     if longest > limit.tokens:
-        raise ConfigError(f"a sample has {longest} tokens; learner.micro_batch_tokens = {learner.micro_batch_tokens}")
+        raise ConfigError(
+            f"a sample has {longest} tokens; learner.micro_batch_tokens = {learner.micro_batch_tokens} has room for "
+            f"{limit.tokens:g}"
+        )
     if scored > limit.rows:
         raise ConfigError(
             f"a reply has {scored} tokens; learner.micro_batch_loss_rows = {learner.micro_batch_loss_rows}"

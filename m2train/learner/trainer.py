@@ -44,6 +44,10 @@ class Scored:
     """summed over the tokens"""
     loss: float
     metrics: dict[str, torch.Tensor]
+    area: int
+    """(query, key) pairs in the tiles of its attention"""
+    pairs: int
+    """those of them that are visible"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,6 +251,8 @@ class Trainer:
             entropy=float(out.entropy.sum()),
             loss=float(loss.detach()),
             metrics={name: value.cpu() for name, value in out.metrics.items()},
+            area=micro.forest.tiles.area,
+            pairs=micro.forest.num_pairs,
         )
         if out.loss is not None and not math.isfinite(scored.loss):
             raise FloatingPointError(f"loss is {scored.loss} in micro-batch {index} of update {self.update}")

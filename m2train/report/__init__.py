@@ -11,8 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from m2train.files import write_atomic
-from m2train.report.page import render
-from m2train.report.read import load_run
 
 REPORT_FILE = "report.html"
 
@@ -31,6 +29,9 @@ def write_report(run_dir: Path, *, max_rollout_bytes: int = 2_200_000) -> Path:
     Raises:
         ValueError: there is no such folder.
     """
+    from m2train.report.page import render
+    from m2train.report.read import load_run
+
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise ValueError(f"no run directory at {run_dir}")

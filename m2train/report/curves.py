@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,13 +46,13 @@ def make_charts(rows: list[Row], *, limit: float | None = None) -> list[tuple[st
         for spec in specs:
             spec = _fill(spec, keys)
             used |= set(spec.series)
-            chart = _chart(spec, rows, keys, limit if "mismatch/max_abs" in spec.series else None)
+            chart = make_chart(spec, rows, keys, limit if "mismatch/max_abs" in spec.series else None)
             if chart is not None:
                 charts.append(chart)
         if charts:
             sections.append((name, charts))
     rest = [key for key in keys if key not in used and not key.startswith(NOT_CURVES)]
-    others = [_chart(Spec(title=key, unit="", series={key: "value"}), rows, keys, None) for key in rest]
+    others = [make_chart(Spec(title=key, unit="", series={key: "value"}), rows, keys) for key in rest]
     if others:
         charts = sections.pop()[1] if sections and sections[-1][0] == "Time" else []
         name = "Time and other metrics" if charts else "Other metrics"
@@ -68,7 +68,8 @@ def _fill(spec: Spec, keys: list[str]) -> Spec:
     return replace(spec, series={key: key.removeprefix(spec.prefix).replace("_", " ") for key in found})
 
 
-def _chart(spec: Spec, rows: list[Row], keys: list[str], limit: float | None) -> Chart | None:
+def make_chart(spec: Spec, rows: list[Row], keys: Collection[str], limit: float | None = None) -> Chart | None:
+    """One chart of the spec's series that are among `keys`; None if no row has a number for it."""
     present = {key: label for key, label in spec.series.items() if key in keys}
     rows = [row for row in rows if any(_is_number(row.get(key)) for key in present)]
     if not present or not rows:
@@ -140,7 +141,7 @@ def _band(bins: list[list[Row]], spec: Spec) -> tuple[Values, Values] | None:
     return low, high
 
 
-def _range(bins: list[list[Row]], spec: Spec, keys: list[str]) -> tuple[Values, Values] | None:
+def _range(bins: list[list[Row]], spec: Spec, keys: Collection[str]) -> tuple[Values, Values] | None:
     if spec.range is None or not set(spec.range) <= set(keys):
         return None
     return _column(bins, spec.range[0], min), _column(bins, spec.range[1], max)

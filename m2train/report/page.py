@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import math
+import statistics
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,35 @@ _HERE = Path(__file__).parent
 
 def render(run: Run, max_rollout_bytes: int) -> str:
     """The whole report as HTML."""
-    import jinja2
-
     sample = pack_rollouts(run, max_rollout_bytes)
     rows = _with_evaluations(run.rows, sample.eval_rewards)
-    sections = make_charts(rows, limit=_number(run.config.get("mismatch_limit")))
+    sections = make_charts(rows, limit=number(run.config.get("mismatch_limit")))
+    data = {
+        "charts": [chart.data for _, charts in sections for chart in charts],
+        "steps": sample.steps,
+        "scoring": _get(run.config, "verifier", "scoring"),
+    }
+    return fill(
+        "template.html",
+        data,
+        title=str(run.config.get("name") or run.folder.name),
+        head=_header(run, rows),
+        tiles=_tiles(run, rows),
+        sections=sections,
+        num_rows=len(run.rows),
+        drops=_drops(run, sample),
+        num_nonfinite=sum(number(row.get("warnings/nonfinite")) or 0 for row in run.rows),
+        recipe=_recipe(run.config),
+        sample=sample.sentence(),
+        has_groups=sample.groups_shown > 0,
+        problems=run.problems,
+    )
+
+
+def fill(template: str, data: object, **values: Any) -> str:
+    """A template of this folder with style, script and `data` inside; all text is escaped."""
+    import jinja2
+
     script = (_HERE / "app.js").read_text(encoding="ascii")
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
@@ -34,28 +59,13 @@ def render(run: Run, max_rollout_bytes: int) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    data = {
-        "charts": [chart.data for _, charts in sections for chart in charts],
-        "steps": sample.steps,
-        "scoring": _get(run.config, "verifier", "scoring"),
-    }
-    return env.get_template("template.html").render(
-        title=str(run.config.get("name") or run.folder.name),
-        head=_header(run, rows),
-        tiles=_tiles(run, rows),
-        sections=sections,
-        num_rows=len(run.rows),
-        drops=_drops(run, sample),
-        num_nonfinite=sum(_number(row.get("warnings/nonfinite")) or 0 for row in run.rows),
-        recipe=_recipe(run.config),
-        sample=sample.sentence(),
-        has_groups=sample.groups_shown > 0,
-        problems=run.problems,
+    return env.get_template(template).render(
         written=_date(datetime.now(UTC).isoformat()),
         style=(_HERE / "style.css").read_text(encoding="ascii"),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=script_json(data),
+        **values,
     )
 
 
@@ -99,7 +109,7 @@ def _header(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "Seed": config.get("seed"),
         "Started": _date(status.get("started")),
         "Ended": _date(status.get("ended")),
-        "Machine": ", ".join(f"{k}: {_plain(v)}" for k, v in machine.items())
+        "Machine": ", ".join(f"{k}: {plain(v)}" for k, v in machine.items())
         if isinstance(machine, dict)
         else machine,
         "Run directory": run.folder.name,
@@ -115,7 +125,7 @@ def _header(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _tiles(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     tiles = []
-    held = _series(rows, "heldout/reward")
+    held = series(rows, "heldout/reward")
     if len(held) > 1:
         (first, before), (last, after) = held[0], held[-1]
         change = f"{after - before:+.3f} from step {first} to {last}"
@@ -128,21 +138,24 @@ def _tiles(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
                 "sub": f"at step {held[0][0]}",
             }
         )
-    train = _series(rows, "reward/mean")
+    train = series(rows, "reward/mean")
     if train:
         part = max(1, len(train) // 5)
         ends = [math.fsum(v for _, v in some) / part for some in (train[:part], train[-part:])]
         sub = "first and last step" if part == 1 else f"means of the first and last {part} steps"
         tiles.append({"name": "Training reward", "value": f"{ends[0]:.3f} \u2192 {ends[1]:.3f}", "sub": sub})
-    worst = max(_series(rows, "mismatch/max_abs"), key=lambda item: item[1], default=None)
+    worst = max(series(rows, "mismatch/max_abs"), key=lambda item: item[1], default=None)
     if worst is not None:
-        limit = _number(run.config.get("mismatch_limit"))
+        limit = number(run.config.get("mismatch_limit"))
         sub = f"max |log-prob difference|, step {worst[0]}" + (f"; limit {fmt(limit)}" if limit else "")
         tiles.append({"name": "Rollout/learner mismatch", "value": fmt(worst[1]), "sub": sub})
     planned = run.config.get("steps")
     done = str(len(train)) + (f" / {planned}" if planned else "")
-    tokens = sum(value for _, value in _series(rows, "tokens/trained"))
+    tokens = sum(value for _, value in series(rows, "tokens/trained"))
     tiles.append({"name": "Steps", "value": done, "sub": f"{fmt(tokens)} tokens trained" if tokens else ""})
+    learner = _learner_tile(rows)
+    if learner is not None:
+        tiles.append(learner)
     seconds = _elapsed(run)
     if seconds is not None:
         name = "Total time" if run.status.get("ended") else "Time to the last step"
@@ -150,11 +163,20 @@ def _tiles(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     return tiles
 
 
+def _learner_tile(rows: list[dict[str, Any]]) -> dict[str, str] | None:
+    times = [value for _, value in series(rows, "time/train")]
+    tokens, unique = (math.fsum(v for _, v in series(rows, f"learner/{key}")) for key in ("tokens", "unique_tokens"))
+    if not times or not unique:
+        return None
+    sub = f"median step; {fmt(unique)} of {fmt(tokens)} tokens computed ({tokens / unique:.2f}x fewer)"
+    return {"name": "Learner", "value": _duration(statistics.median(times)), "sub": sub}
+
+
 def _step_time(rows: list[dict[str, Any]]) -> str:
     sums = []
     for row in rows:
         times = [v for k, v in row.items() if k.startswith("time/") and k not in ("time/step", "time/total")]
-        total = _number(row.get("time/step")) or math.fsum(v for v in times if isinstance(v, int | float))
+        total = number(row.get("time/step")) or math.fsum(v for v in times if isinstance(v, int | float))
         if total and row.get("reward/mean") is not None:
             sums.append(total)
     return f"median step {_duration(sorted(sums)[len(sums) // 2])}" if sums else ""
@@ -173,7 +195,7 @@ def _drops(run: Run, sample: Sample) -> list[dict[str, Any]]:
             (s["step"], reason, n) for s in sample.steps if s["kind"] == "train" for reason, n in s["drops"].items()
         ]
     for step, reason, value in found:
-        count = _number(value)
+        count = number(value)
         if count:
             entry = table.setdefault(
                 reason, {"reason": reason.replace("_", " "), "count": 0, "steps": 0, "last": step}
@@ -198,9 +220,9 @@ def _recipe(config: dict[str, Any]) -> list[dict[str, Any]]:
             "items": [
                 {
                     "key": key,
-                    "value": _plain(value),
+                    "value": plain(value),
                     "kind": ("changed " if key not in known or known[key] != value else "")
-                    + ("long" if len(_plain(value)) > 36 else ""),
+                    + ("long" if len(plain(value)) > 36 else ""),
                 }
                 for key, value in values.items()
             ],
@@ -210,18 +232,21 @@ def _recipe(config: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _plain(value: object) -> str:
+def plain(value: object) -> str:
+    """A setting as text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    pairs = [(row["step"], _number(row.get(key))) for row in rows]
+def series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, value) of the rows that have a number there."""
+    pairs = [(row["step"], number(row.get(key))) for row in rows]
     return [(step, value) for step, value in pairs if value is not None]
 
 
-def _number(value: object) -> float | None:
+def number(value: object) -> float | None:
+    """The value if it is a finite number."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return value if good else None  # type: ignore[return-value]
 

@@ -126,6 +126,11 @@ SECTIONS: list[tuple[str, list[Spec]]] = [
                 zero=True,
             ),
             Spec(
+                title="Loss",
+                unit="per step",
+                series={"policy/loss": "loss"},
+            ),
+            Spec(
                 title="Clipped tokens",
                 unit="fraction of trained tokens",
                 series={"policy/clip_frac_low": "low", "policy/clip_frac_high": "high"},
@@ -169,6 +174,49 @@ SECTIONS: list[tuple[str, list[Spec]]] = [
                 title="Capped importance weights",
                 unit="fraction of trained tokens",
                 series={"tis/capped_frac": "capped"},
+                zero=True,
+            ),
+        ],
+    ),
+    (
+        "Learner",
+        [
+            Spec(
+                title="Time of the learner",
+                unit="seconds per step",
+                series={"learner/forward_backward_s": "forward and backward", "learner/optimizer_s": "optimizer"},
+                stacked=True,
+                wide=True,
+            ),
+            Spec(
+                title="Tokens of the learner",
+                unit="tokens per step; duplicates: shared with another reply",
+                series={"learner/unique_tokens": "computed", "learner/duplicate_tokens": "duplicates, not computed"},
+                stacked=True,
+                wide=True,
+            ),
+            Spec(
+                title="Tile inflation",
+                unit="pairs in the tiles of attention / visible pairs",
+                series={"learner/tile_inflation": "inflation"},
+                note="Tiles of the plan, which GPU kernels visit; the CPU kernel needs none.",
+            ),
+            Spec(
+                title="Planning",
+                unit="seconds per step, log scale",
+                series={"learner/plan_s": "on its thread", "learner/plan_wait_s": "the step waited"},
+                log=True,
+            ),
+            Spec(
+                title="Fill of micro-batches",
+                unit="tokens / cap, and / those of the fullest",
+                series={"learner/packing_efficiency": "of the cap", "learner/balance": "of the fullest"},
+                zero=True,
+            ),
+            Spec(
+                title="Micro-batches",
+                unit="per rank and step",
+                series={"learner/micro_batches": "micro-batches"},
                 zero=True,
             ),
         ],

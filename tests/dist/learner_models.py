@@ -37,8 +37,9 @@ VARIANTS = ("llama", "llama_tied", "qwen2", "qwen3")
 OVERLAPPED = ("llama_tied", "qwen3")  # tied and untied head
 
 
-def write_model(folder: Path, variant: str, dtype: torch.dtype = torch.float32) -> Path:
+def write_model(folder: Path, variant: str, dtype: torch.dtype = torch.float32, layers: int = 4) -> Path:
     """Save a random model: llama (untied, llama3 rope), llama_tied, qwen2 (tied, biases), qwen3 (untied, qk-norm)."""
+    shape = _SHAPE | {"num_hidden_layers": layers}
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
@@ -50,13 +51,13 @@ def write_model(folder: Path, variant: str, dtype: torch.dtype = torch.float32) 
 
     torch.manual_seed(7)
     if variant == "llama":
-        model: Any = LlamaForCausalLM(LlamaConfig(**_SHAPE, rope_parameters=_LLAMA3_ROPE))
+        model: Any = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=_LLAMA3_ROPE))
     elif variant == "llama_tied":
-        model = LlamaForCausalLM(LlamaConfig(**_SHAPE, tie_word_embeddings=True))
+        model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
     elif variant == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**_SHAPE, tie_word_embeddings=True))
+        model = Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True))
     else:
-        model = Qwen3ForCausalLM(Qwen3Config(**_SHAPE, head_dim=24, tie_word_embeddings=False))
+        model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=24, tie_word_embeddings=False))
     for name, parameter in model.named_parameters():  # norms of 1 and biases of 0 would hide mistakes
         if "norm" in name or "bias" in name:
             parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
@@ -86,19 +87,19 @@ def make_batch(seed: int = 0, num: int = 12, *, old: bool = True) -> TrainBatch:
 
 
 def make_tree_batch(seed: int = 0, *, old: bool = True) -> TrainBatch:
-    """Three groups of replies behind one system prompt, two of them slices of one dialogue. Some replies begin alike,
-    two are equal, one is how another begins."""
+    """Eight replies to three contexts behind one system prompt, two of them slices of one dialogue. Some replies begin
+    alike, two are equal, one is how another begins."""
     g = torch.Generator().manual_seed(seed)
 
     def ids(count: int) -> list[int]:
         return torch.randint(0, 131, (count,), generator=g).tolist()
 
     system, question, answer = ids(5), ids(9), ids(6)
-    slices = [system + question, system + question + answer + ids(7), system + ids(12)]
+    contexts = [system + question, system + question + answer + ids(7), system + ids(12)]
     samples = []
-    for context in slices:
+    for context, count in zip(contexts, (4, 3, 1), strict=True):
         base = ids(11)
-        for reply in (base, base[:4] + ids(8), base[:4] + ids(3), base, base[:7], ids(10)):
+        for reply in (base, base[:4] + ids(8), base[:7], base)[:count]:
             level = -4.9 + 0.5 * torch.randn(len(reply), generator=g)
             samples.append(
                 Sample(

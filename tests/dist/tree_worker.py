@@ -1,6 +1,7 @@
-"""One layout's part of tests/test_tree_training.py: `torchrun tree_worker.py FOLDER TP PP DP STEPS VARIANT...`.
+"""One layout's part of tests/test_tree_training.py: `torchrun tree_worker.py FOLDER TP PP DP MODEL:CASE:STEPS...`.
 
-Trains each model with every packing; rank 0 writes what the test compares to FOLDER/tree_<layout>.pt.
+All training runs of a layout share the processes, as starting them is most of the time; rank 0 writes what the test
+compares to FOLDER/tree_<layout>.pt.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    folder, steps, variants = Path(sys.argv[1]), int(sys.argv[5]), sys.argv[6:]
+    folder = Path(sys.argv[1])
     layout = Layout(folder, *map(int, sys.argv[2:5]))
     start_process_group(60.0)
-    batches = [make_tree_batch(seed) for seed in range(steps)]
-    out = {v: {case: layout.steps(v, batches, **learner) for case, learner in CASES.items()} for v in variants}
+    out: dict[str, dict[str, Any]] = {}
+    for job in sys.argv[5:]:
+        model, case, steps = job.split(":")
+        batches = [make_tree_batch(seed) for seed in range(int(steps))]
+        out.setdefault(model, {})[case] = layout.steps(model, batches, **CASES[case])
     if dist.get_rank() == 0:
         torch.save(out, folder / f"tree_{layout.name}.pt")
     dist.barrier()
