@@ -5,6 +5,8 @@ Packages, the first that is there: `flash_attn_interface` (FlashAttention-3, for
 take the same arguments here, and return (out [rows, Hq, D], lse f32 [Hq, rows], ...).
 """
 
+import functools
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m2kernels.plan_tree import TreePlan
+from m2kernels.plan_tree import TreePlan, upload
 
 _PACKAGES = ("flash_attn_interface", "flash_attn")
 _HALF = (torch.bfloat16, torch.float16)
@@ -50,10 +52,12 @@ def first_branch(plan: TreePlan) -> int | None:
     return int(plan.segments.start[aside.argmax()]) if aside.any() else None
 
 
+@functools.cache
 def _package() -> str | None:
     return next((name for name in _PACKAGES if importlib.util.find_spec(name) is not None), None)
 
 
+@functools.cache
 def _torch_has_varlen() -> bool:
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -69,7 +73,7 @@ def _bounds(plan: TreePlan, device: torch.device) -> tuple[Tensor, int]:
         roots = plan.segments.start[plan.segments.parent < 0]
         ends = np.append(roots, plan.num_rows).astype(np.int32)
         longest = int(np.diff(ends).max(initial=0))
-        found = plan.derived["chain_bounds"] = (torch.from_numpy(ends).to(device), longest)
+        found = plan.derived["chain_bounds"] = (upload([torch.from_numpy(ends)], device)[0], longest)
     assert isinstance(found, tuple)
     return found
 

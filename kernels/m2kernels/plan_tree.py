@@ -125,12 +125,9 @@ class TreeTiles:
         longest_first = np.argsort(begin - end, kind="stable")
         units = np.stack([kv, begin, end, slot], axis=1)[longest_first]
         splits = np.stack([first, first_slot, parts], axis=1)[split]
-        device = self.min_end.device
-        return BackwardUnits(
-            units=torch.from_numpy(units.astype(np.int32)).to(device),
-            splits=torch.from_numpy(splits.astype(np.int32)).to(device),
-            num_slots=int(parts[split].sum()),
-        )
+        flat = [torch.from_numpy(x.astype(np.int32).ravel()) for x in (units, splits)]
+        there = upload(flat, self.min_end.device)
+        return BackwardUnits(there[0].view(-1, 4), there[1].view(-1, 3), int(parts[split].sum()))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -223,7 +220,7 @@ class TreePlan:
     def to(self, device: torch.device | str) -> "TreePlan":
         """The same plan with its tensors on `device`: one transfer for all, which does not block the host."""
         plan, tiles = _tensors(self), _tensors(self.tiles)
-        moved = iter(_moved([*plan.values(), *tiles.values()], torch.device(device)))
+        moved = iter(upload([*plan.values(), *tiles.values()], torch.device(device)))
         there: dict[str, Any] = {name: next(moved) for name in plan}
         on_tiles: dict[str, Any] = {name: next(moved) for name in tiles}
         return replace(self, **there, tiles=replace(self.tiles, **on_tiles), derived={})
@@ -234,8 +231,8 @@ def _tensors(owner: TreePlan | TreeTiles) -> dict[str, torch.Tensor]:
     return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
-def _moved(vectors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """Copies of int32 vectors as views of one buffer."""
+def upload(vectors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Copies of int32 vectors on `device`, views of one buffer; to a GPU without waiting for it."""
     sizes = [-(-len(x) // _ALIGN) * _ALIGN for x in vectors]
     pin = device.type == "cuda" and vectors[0].device.type == "cpu"
     buffer = torch.empty(sum(sizes), dtype=torch.int32, device=vectors[0].device, pin_memory=pin)
