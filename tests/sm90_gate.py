@@ -274,6 +274,18 @@ def bad_cases() -> Iterator[tuple[Case, str]]:
     yield Case("head_backward taken for a GEMM", row, gemm=True), "no wgmma"
 
 
+def recompiled() -> Iterator[str]:
+    """Tree kernels that a forest of another length would compile anew; a trainer has a new one every micro-batch."""
+    plans = [
+        plan_tree([range(n), [*range(n // 2), -1, -2]], block=128, kv_block=128).to("meta") for n in (1598, 2741)
+    ]
+    assert plans[0].num_rows % 16 == 0 and plans[1].num_rows % 16, "Triton would tell these two apart"
+    for pair in zip(*(tree_launches(torch.bfloat16, 128, plan, False) for plan in plans), strict=True):
+        first, second = (one.kernel.warmup(*one.args, grid=one.grid, **one.meta) for one in pair)
+        if first is not second:
+            yield pair[0].kernel.__name__
+
+
 def main() -> int:
     """Compile everything; 1 when a configuration is refused, or a bad one is not."""
     driver.set_active(NoDevice())
@@ -284,6 +296,9 @@ def main() -> int:
         if word not in wrong:
             print(f"sm_90 gate: {case.name} must be refused for {word!r}; got {wrong or 'no refusal'}")
             failed = True
+    for name in [] if pattern else recompiled():
+        print(f"sm_90 gate: {name} is compiled again for a forest of another length")
+        failed = True
     print(f"Triton {triton.__version__}, sm_90a")
     print(f"{'kernel':58} {'regs':>5} {'stack':>6} {'local':>6} {'smem':>7} {'wgmma':>6} {'tma':>4}")
     for case in cases():

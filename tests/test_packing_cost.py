@@ -123,9 +123,7 @@ def test_workloads_on_a_gpu(sequences, small, large):
     """Models of 0.6B and 8B: a slow attention kernel costs the small one, of whose time attention is the larger part,
     more than a short prompt spares."""
     work = mk.PackingWork.of([mk.plan_tree(sequences)])
-    choices = [
-        mk.choose_packing(work, m, ASSUMED["cuda"]) for m in (qwen3(0.44e9, 28, 16), qwen3(6.95e9, 36, 32))
-    ]
+    choices = [mk.choose_packing(work, m, ASSUMED["cuda"]) for m in (qwen3(0.44e9, 28, 16), qwen3(6.95e9, 36, 32))]
     assert [c.packing for c in choices] == [small, large]
 
 
@@ -139,7 +137,10 @@ def test_nothing_at_all():
     ("change", "message"),
     [
         ({"min_gain": 1.0}, "got min_gain 1.0; expected at least 0 and below 1"),
-        ({"work": mk.PackingWork(tree_tokens=-1, tree_pairs=0, varlen_tokens=0, varlen_pairs=0)}, "tree_tokens is -1"),
+        (
+            {"work": mk.PackingWork(tree_tokens=-1, tree_pairs=0, varlen_tokens=0, varlen_pairs=0)},
+            "tree_tokens is -1",
+        ),
         ({"model": mk.ModelFlops(token=float("nan"), pair=1.0)}, "token is nan"),
     ],
 )

@@ -53,8 +53,12 @@ def cut(num_rows, size):
 
 def classes(mask, rows, keys):
     """Which tiles see something, and which everything; the diagonal is masked in any case."""
-    some = torch.tensor([[bool(mask[q, k].any()) for k in keys] for q in rows]).reshape(len(rows), len(keys))
-    full = torch.tensor([[bool(mask[q, k].all()) and k.start < q.start for k in keys] for q in rows])
+    some = torch.tensor([[bool(mask[q, k].any()) for k in keys] for q in rows], dtype=torch.bool).reshape(
+        len(rows), len(keys)
+    )
+    full = torch.tensor(
+        [[bool(mask[q, k].all()) and k.start < q.start for k in keys] for q in rows], dtype=torch.bool
+    )
     return some, full.reshape(len(rows), len(keys))
 
 
@@ -76,7 +80,7 @@ def assert_tiles(plan, mask):
         assert kv[len(own) : masked] == rest and kv[masked:] == full_keys[b].nonzero()[:, 0].tolist()
         assert list(range(b, tiles.backward_end[b])) == some[:, b].nonzero()[:, 0].tolist()
         assert list(range(b + 1, tiles.backward_full_end[b])) == full[:, b].nonzero()[:, 0].tolist()
-    own = torch.tensor([[k.start // block == i for k in keys] for i in range(num)])
+    own = torch.tensor([[k.start // block == i for k in keys] for i in range(num)], dtype=torch.bool)
     visited = some_keys | own.reshape(num, len(keys))
     size = lambda xs: torch.tensor([x.stop - x.start for x in xs])  # noqa: E731
     assert tiles.area == int((visited * size(part)[:, None] * size(keys)).sum())
