@@ -27,8 +27,10 @@ from triton.runtime import driver
 from m2kernels import _group_advantage_triton as group_advantage
 from m2kernels import _head_triton as head
 from m2kernels import _policy_loss_triton as policy_loss
+from m2kernels import _tree_attention_triton as tree
 from m2kernels._head_kernels import HeadSettings, RowStats, TileStats, Upstream
-from m2kernels._triton import Launch
+from m2kernels._triton import TREE_BLOCKS, TREE_DIMS, Launch
+from m2kernels.plan_tree import TreePlan, plan_tree
 from m2kernels.policy_loss import KINDS, KLS
 
 MAX_SHARED = 232448  # bytes a block of sm_90 can opt in to
@@ -191,11 +193,51 @@ def advantage_cases() -> Iterator[Case]:
         yield Case("group_advantage" + " loo std valid" * divide, launch)
 
 
+def tree_launches(dtype: torch.dtype, dim: int, plan: TreePlan, fused: bool) -> Iterator[Launch]:
+    """A forward and a backward pass over a plan; `fused` is the backward that is not deterministic."""
+    heads, kv_heads, rows = 32, 8, plan.num_rows
+    q, out, d_out, dq = (_meta(rows, heads, dim, dtype=dtype) for _ in range(4))
+    k, v, dk, dv = (_meta(rows, kv_heads, dim, dtype=dtype) for _ in range(4))
+    shape = tree.TreeShape.of(q, k, plan, dim**-0.5)
+    lse, delta = _meta(heads, shape.stride), _meta(heads, shape.stride)
+    units = plan.tiles.backward_units(2)
+    partial = _meta(units.num_slots, kv_heads, 2, plan.tiles.block, dim)
+    sums = _meta(rows, heads, dim) if fused else None
+    if not fused:
+        yield tree.forward_launch(shape, q, k, v, out, lse)
+        yield tree.dq_launch(shape, q, k, v, d_out, dq, lse, delta)
+    if plan.tiles.kv_block != plan.tiles.block:
+        return  # the other passes know nothing of forward tiles
+    yield tree.dkdv_launch(shape, units, q, k, v, d_out, dk, dv, partial, sums, lse, delta)
+    if fused:
+        return
+    yield tree.dkdv_launch(shape, units, q, k, v, d_out, dk, dv, None, sums, lse, delta)
+    yield tree.delta_launch(shape, out, d_out, delta)
+    yield tree.reduce_launch(shape, units, partial, dk, dv)
+
+
+def tree_cases() -> Iterator[Case]:
+    """Tree attention: dtypes, head_dims, the tiles that a plan may have, both backwards."""
+    shapes = [(block, finer) for block in TREE_BLOCKS for finer in TREE_BLOCKS if finer <= block]
+    for dtype, dim, (block, kv_block) in itertools.product(
+        (torch.bfloat16, torch.float16, torch.float32), TREE_DIMS, shapes
+    ):
+        plan = plan_tree([range(2000), [*range(1000), *range(2000, 3000)]], block=block, kv_block=kv_block).to("meta")
+        tag = f"{str(dtype).removeprefix('torch.')} D={dim} {block}x{kv_block}"
+        for fused in (False, True):
+            for launch in tree_launches(dtype, dim, plan, fused):
+                product = launch.kernel.__name__ in ("tree_forward_kernel", "tree_dq_kernel", "tree_dkdv_kernel")
+                name = launch.kernel.__name__.removesuffix("_kernel") + " fused" * fused
+                split = " splits" if name == "tree_dkdv" and launch.args[6] is not None else ""
+                yield Case(f"{name} {tag}{split}", launch, gemm=product and dtype != torch.float32)
+
+
 def cases() -> Iterator[Case]:
     """Every kernel in every shipped configuration."""
     yield from advantage_cases()
     yield from policy_cases()
     yield from merge_cases()
+    yield from tree_cases()
     for dtype in head.GEMM_CONFIGS:
         short = str(dtype).removeprefix("torch.")
         for entropy in (False, True):
@@ -232,6 +274,18 @@ def bad_cases() -> Iterator[tuple[Case, str]]:
     yield Case("head_backward taken for a GEMM", row, gemm=True), "no wgmma"
 
 
+def recompiled() -> Iterator[str]:
+    """Tree kernels that a forest of another length would compile anew; a trainer has a new one every micro-batch."""
+    plans = [
+        plan_tree([range(n), [*range(n // 2), -1, -2]], block=128, kv_block=128).to("meta") for n in (1598, 2741)
+    ]
+    assert plans[0].num_rows % 16 == 0 and plans[1].num_rows % 16, "Triton would tell these two apart"
+    for pair in zip(*(tree_launches(torch.bfloat16, 128, plan, False) for plan in plans), strict=True):
+        first, second = (one.kernel.warmup(*one.args, grid=one.grid, **one.meta) for one in pair)
+        if first is not second:
+            yield pair[0].kernel.__name__
+
+
 def main() -> int:
     """Compile everything; 1 when a configuration is refused, or a bad one is not."""
     driver.set_active(NoDevice())
@@ -242,6 +296,9 @@ def main() -> int:
         if word not in wrong:
             print(f"sm_90 gate: {case.name} must be refused for {word!r}; got {wrong or 'no refusal'}")
             failed = True
+    for name in [] if pattern else recompiled():
+        print(f"sm_90 gate: {name} is compiled again for a forest of another length")
+        failed = True
     print(f"Triton {triton.__version__}, sm_90a")
     print(f"{'kernel':58} {'regs':>5} {'stack':>6} {'local':>6} {'smem':>7} {'wgmma':>6} {'tma':>4}")
     for case in cases():

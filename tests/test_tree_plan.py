@@ -47,30 +47,48 @@ def assert_segments(sequences, plan):
     assert first == sorted(first), "trees lie by their first sequence"
 
 
+def cut(num_rows, size):
+    return [slice(b, min(b + size, num_rows)) for b in range(0, num_rows, size)]
+
+
+def classes(mask, rows, keys):
+    """Which tiles see something, and which everything; the diagonal is masked in any case."""
+    some = torch.tensor([[bool(mask[q, k].any()) for k in keys] for q in rows], dtype=torch.bool).reshape(
+        len(rows), len(keys)
+    )
+    full = torch.tensor(
+        [[bool(mask[q, k].all()) and k.start < q.start for k in keys] for q in rows], dtype=torch.bool
+    )
+    return some, full.reshape(len(rows), len(keys))
+
+
 def assert_tiles(plan, mask):
     """Tile lists against a dense mask."""
     tiles, block = plan.tiles, plan.tiles.block
-    num = -(-plan.num_rows // block)
-    part = [slice(b * block, min((b + 1) * block, plan.num_rows)) for b in range(num)]
-    some = torch.tensor([[bool(mask[q, k].any()) for k in part] for q in part]).reshape(num, num)
-    full = torch.tensor([[bool(mask[q, k].all()) for k in part] for q in part]).reshape(num, num)
-    full.fill_diagonal_(False)  # the diagonal is masked in any case
+    part, keys = cut(plan.num_rows, block), cut(plan.num_rows, tiles.kv_block)
+    num = len(part)
+    some, full = classes(mask, part, part)
+    some_keys, full_keys = classes(mask, part, keys)
     for b in range(num):
         assert tiles.min_end[b] == plan.subtree_end[part[b]].min()
         assert tiles.max_end[b] == plan.subtree_end[part[b]].max()
         kv = tiles.forward_kv[tiles.forward_start[b] : tiles.forward_start[b + 1]].tolist()
         masked = int(tiles.forward_full[b] - tiles.forward_start[b])
-        assert kv[0] == b and kv[1:masked] == [k for k in range(b) if some[b, k] and not full[b, k]]
-        assert kv[masked:] == full[b].nonzero()[:, 0].tolist()
+        own = [k for k, one in enumerate(keys) if one.start // block == b]
+        assert kv[: len(own)] == own
+        rest = [k for k in range(own[0]) if some_keys[b, k] and not full_keys[b, k]]
+        assert kv[len(own) : masked] == rest and kv[masked:] == full_keys[b].nonzero()[:, 0].tolist()
         assert list(range(b, tiles.backward_end[b])) == some[:, b].nonzero()[:, 0].tolist()
         assert list(range(b + 1, tiles.backward_full_end[b])) == full[:, b].nonzero()[:, 0].tolist()
-    assert tiles.area == sum(
-        (q.stop - q.start) * (k.stop - k.start) for i, q in enumerate(part) for j, k in enumerate(part) if some[i, j]
-    )
-    counts = some.sum(1)[tiles.forward_order.long()]
+    own = torch.tensor([[k.start // block == i for k in keys] for i in range(num)], dtype=torch.bool)
+    visited = some_keys | own.reshape(num, len(keys))
+    size = lambda xs: torch.tensor([x.stop - x.start for x in xs])  # noqa: E731
+    assert tiles.area == int((visited * size(part)[:, None] * size(keys)).sum())
+    counts = tiles.forward_start.diff()[tiles.forward_order.long()]
     assert sorted(tiles.forward_order.tolist()) == list(range(num)) and (counts.diff() <= 0).all()
     counts = some.sum(0)[tiles.backward_order.long()]
     assert sorted(tiles.backward_order.tolist()) == list(range(num)) and (counts.diff() <= 0).all()
+    assert tiles.num_backward_tiles == int(some.sum())
 
 
 def test_hand_computed():
@@ -87,10 +105,11 @@ def test_hand_computed():
 
 
 @settings(max_examples=80, deadline=None)
-@given(forests())
-def test_small_forests(case):
+@given(forests(), st.sampled_from([(16, 16), (64, 16), (32, None)]))
+def test_small_forests(case, blocks):
     sequences, keys = case
-    plan = mk.plan_tree(sequences, keys=keys, block=16)
+    plan = mk.plan_tree(sequences, keys=keys, block=blocks[0], kv_block=blocks[1])
+    assert plan.tiles.kv_block == (blocks[1] or blocks[0])
     assert_plan(sequences, keys, plan)
     mask = visible_mask(plan)
     rows = torch.arange(plan.num_rows)
@@ -129,20 +148,37 @@ def test_deep_and_long_forests(seed, depth, sizes, block):
         last = int(ends.max()) - 1
         assert tiles.backward_end[b] == last // block + 1
         got = tiles.forward_kv[tiles.forward_start[last // block] : tiles.forward_start[last // block + 1]]
-        assert b in got.tolist()
+        assert b in (got * tiles.kv_block // block).tolist()
 
 
 @settings(max_examples=60, deadline=None)
 @given(forests(), st.integers(1, 4))
 def test_backward_units_cover_the_tiles(case, max_tiles):
     tiles = mk.plan_tree(case[0], block=16).tiles
-    units = tiles.backward_units(max_tiles).tolist()
+    found = tiles.backward_units(max_tiles)
+    units = found.units.tolist()
     lengths = [end - begin for _, begin, end, _ in units]
     assert lengths == sorted(lengths, reverse=True) and all(0 < n <= max_tiles for n in lengths)
+    splits = {kv: (first, num) for kv, first, num in found.splits.tolist()}
+    slots = []
     for b in range(len(tiles.min_end)):
-        mine = sorted((part, begin, end) for kv, begin, end, part in units if kv == b)
-        assert [part for part, _, _ in mine] == list(range(len(mine)))
-        assert [q for _, begin, end in mine for q in range(begin, end)] == list(range(b, tiles.backward_end[b]))
+        mine = sorted((begin, end, slot) for kv, begin, end, slot in units if kv == b)
+        assert [q for begin, end, _ in mine for q in range(begin, end)] == list(range(b, tiles.backward_end[b]))
+        first, num = splits.get(b, (-1, 1))
+        assert len(mine) == num and (b in splits) == (num > 1)
+        assert [slot for _, _, slot in mine] == (list(range(first, first + num)) if num > 1 else [-1])
+        slots += [slot for _, _, slot in mine if slot >= 0]
+    assert sorted(slots) == list(range(found.num_slots))
+
+
+def test_short_segments_get_finer_tiles():
+    """Only where that spares over 3 % of the pairs, and only if nobody said otherwise."""
+    short = dialogues(8, 12, 600, 60, 20, 40)
+    coarse, fine = (mk.plan_tree(short, kv_block=size).tiles for size in (128, 64))
+    chosen = mk.plan_tree(short).tiles
+    assert fine.area < 0.97 * coarse.area and chosen.kv_block == 64 and chosen.area == fine.area
+    long = mk.plan_tree(replies(2, 4, 4000, 3000)).tiles
+    assert long.kv_block == 128 and mk.plan_tree(short, block=64).tiles.kv_block == 64
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint16, torch.int64, torch.int32, list])
@@ -166,7 +202,8 @@ def test_nothing_to_plan():
         plan = mk.plan_tree(sequences)
         assert plan.num_rows == plan.num_pairs == plan.tiles.area == 0 and plan.tile_inflation == 1.0
         assert [plan.rows(i).numel() for i in range(len(sequences))] == [0] * len(sequences)
-        assert plan.tiles.backward_units(4).shape == (0, 4) and len(plan.gathered_kv()[0]) == 0
+        units = plan.tiles.backward_units(4)
+        assert units.units.shape == (0, 4) and units.splits.shape == (0, 3) and len(plan.gathered_kv()[0]) == 0
         assert plan.cu_seqlens().tolist() == [0] * (len(sequences) + 1)
 
 
@@ -209,6 +246,8 @@ def test_the_order_of_the_input_changes_no_visibility():
         ({"sequences": [[1], [2**31]]}, "sequence 1 has a token id that is not an int32"),
         ({"sequences": [[1]], "keys": []}, "got 0 keys for 1 sequences"),
         ({"sequences": [[1]], "block": 100}, "got block 100"),
+        ({"sequences": [[1]], "block": 64, "kv_block": 128}, "got kv_block 128; expected .* to block, 64"),
+        ({"sequences": [[1]], "kv_block": 48}, "got kv_block 48"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -238,6 +277,12 @@ def test_to_moves_every_tensor():
             value = getattr(owner, name)
             assert not isinstance(value, torch.Tensor) or value.device.type == "meta", name
     assert moved.segments is plan.segments
+    copied = plan.to("cpu")
+    for mine, theirs in ((copied, plan), (copied.tiles, plan.tiles)):
+        for name in mine.__slots__:
+            value = getattr(mine, name)
+            assert not isinstance(value, torch.Tensor) or torch.equal(value, getattr(theirs, name)), name
+            assert not isinstance(value, torch.Tensor) or value.storage_offset() % 4 == 0, name
 
 
 def test_threads_plan_at_once():

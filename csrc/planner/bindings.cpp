@@ -68,18 +68,23 @@ std::vector<m2plan::Sequence<T>> sequences_of(const py::list& arrays, const Arra
 
 template <class T>
 std::pair<m2plan::Forest, m2plan::Tiles> grow(const py::list& arrays, const Array<int64_t>& key,
-                                              int32_t block) {
+                                              int32_t block, int32_t kv_block, double min_gain) {
   const auto sequences = sequences_of<T>(arrays, key);
   py::gil_scoped_release release;
   m2plan::Forest forest = m2plan::plant(sequences);
-  m2plan::Tiles tiles = m2plan::cut_tiles(forest.subtree_end, block);
+  if (min_gain > 0) {
+    kv_block = m2plan::choose_kv_block(forest.subtree_end, block, kv_block, min_gain);
+  }
+  m2plan::Tiles tiles = m2plan::cut_tiles(forest.subtree_end, block, kv_block);
   return {std::move(forest), std::move(tiles)};
 }
 
 // Arrays (all int32, or all int64 with wide), key int64 [n] -> names of m2plan::Forest and Tiles to
-// their values.
-py::dict plan_tree(const py::list& arrays, const Array<int64_t>& key, bool wide, int32_t block) {
-  auto [forest, tiles] = wide ? grow<int64_t>(arrays, key, block) : grow<int32_t>(arrays, key, block);
+// their values. A positive min_gain makes kv_block the finer of two choices, see choose_kv_block.
+py::dict plan_tree(const py::list& arrays, const Array<int64_t>& key, bool wide, int32_t block,
+                   int32_t kv_block, double min_gain) {
+  auto [forest, tiles] = wide ? grow<int64_t>(arrays, key, block, kv_block, min_gain)
+                              : grow<int32_t>(arrays, key, block, kv_block, min_gain);
   py::dict out;
   out["tokens"] = as_array(std::move(forest.tokens));
   out["position"] = as_array(std::move(forest.position));
@@ -99,6 +104,7 @@ py::dict plan_tree(const py::list& arrays, const Array<int64_t>& key, bool wide,
   out["forward_order"] = as_array(std::move(tiles.forward_order));
   out["backward_order"] = as_array(std::move(tiles.backward_order));
   out["area"] = tiles.area;
+  out["kv_block"] = tiles.kv_block;
   return out;
 }
 
@@ -109,5 +115,5 @@ PYBIND11_MODULE(_planner, m, py::mod_gil_not_used()) {
   m.def("pack", &pack, py::arg("cost"), py::arg("size"), py::arg("cap"), py::arg("max_items"),
         py::arg("num_bins"));
   m.def("plan_tree", &plan_tree, py::arg("sequences"), py::arg("key"), py::arg("wide"),
-        py::arg("block"));
+        py::arg("block"), py::arg("kv_block"), py::arg("min_gain"));
 }

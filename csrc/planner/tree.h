@@ -36,19 +36,26 @@ struct Forest {
 template <class T>
 Forest plant(const std::vector<Sequence<T>>& sequences);
 
-// Tiles of `block` rows by `block` keys. Of KV block b with smallest and largest subtree end m and
-// M, query rows [i0, i1] see something iff M > i0, and everything iff m > i1: two integers decide.
+// Forward tiles of `block` rows by `kv_block` keys, backward ones of `block` by `block`. Of KV block
+// b with smallest and largest subtree end m and M, query rows [i0, i1] see something iff M > i0,
+// and everything iff m > i1: two integers decide.
 struct Tiles {
-  std::vector<int32_t> min_end, max_end;     // [blocks]
-  // KV blocks of query block i: kv[start[i] : start[i + 1]]; the diagonal first, then the partial
-  // ones, from full[i] on those that need no mask. Each part ascends.
+  int32_t kv_block = 0;
+  std::vector<int32_t> min_end, max_end;     // [blocks], of `block` keys
+  // KV blocks (of kv_block keys) of query block i: kv[start[i] : start[i + 1]]; the diagonal first,
+  // then the partial ones, from full[i] on those that need no mask. Each part ascends.
   std::vector<int32_t> start, full, kv;
-  // Query blocks that see KV block b: [b, end[b]), of which [b + 1, full_end[b]) need no mask.
+  // Query blocks that see block b of keys: [b, end[b]), of which [b + 1, full_end[b]) need no mask.
   std::vector<int32_t> full_end, end;
   std::vector<int32_t> forward_order, backward_order;  // blocks, most tiles first
-  int64_t area = 0;                                    // (query, key) pairs in all tiles
+  int64_t area = 0;                                    // (query, key) pairs in all forward tiles
 };
 
-Tiles cut_tiles(const std::vector<int32_t>& subtree_end, int32_t block);
+// `kv_block` divides `block`.
+Tiles cut_tiles(const std::vector<int32_t>& subtree_end, int32_t block, int32_t kv_block);
+
+// `finer` where tiles that narrow spare more than `min_gain` of the pairs, else `block`.
+int32_t choose_kv_block(const std::vector<int32_t>& subtree_end, int32_t block, int32_t finer,
+                        double min_gain);
 
 }  // namespace m2plan

@@ -1,7 +1,7 @@
 """m2kernels: fused operations for training language models with reinforcement learning.
 
 Every op takes ``backend="auto"`` and accepts int32 or int64 integer tensors. ``torch`` is the
-readable reference, ``cpu`` and ``cuda`` are the C++ kernels, ``triton`` the LM head's on a GPU.
+readable reference, ``cpu`` and ``cuda`` are the C++ kernels, ``triton`` the LM head's and the attention's on a GPU.
 :func:`doctor` says which of them this machine can run, and why not.
 """
 
@@ -12,16 +12,22 @@ from m2kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from m2kernels.logprob import logprob
 from m2kernels.metrics import combine_metrics
 from m2kernels.pack_balanced import pack_balanced
+from m2kernels.packing_cost import KernelCosts, ModelFlops, PackingChoice, PackingWork, choose_packing
 from m2kernels.plan_tree import TreePlan, plan_tree
 from m2kernels.policy_loss import LossSpec, PolicyLoss, policy_loss
 from m2kernels.tree_attention import tree_attention
 
 __all__ = [
+    "KernelCosts",
     "LinearPolicyLoss",
     "LogProb",
     "LossSpec",
+    "ModelFlops",
+    "PackingChoice",
+    "PackingWork",
     "PolicyLoss",
     "TreePlan",
+    "choose_packing",
     "combine_metrics",
     "doctor",
     "group_advantage",

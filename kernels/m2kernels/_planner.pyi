@@ -12,4 +12,11 @@ def pack(
     max_items: int,
     num_bins: int,
 ) -> tuple[int, int, int, NDArray[np.int32]]: ...
-def plan_tree(sequences: list[NDArray[Any]], key: NDArray[np.int64], wide: bool, block: int) -> dict[str, Any]: ...
+def plan_tree(
+    sequences: list[NDArray[Any]],
+    key: NDArray[np.int64],
+    wide: bool,
+    block: int,
+    kv_block: int,
+    min_gain: float,
+) -> dict[str, Any]: ...

@@ -59,7 +59,10 @@ def _bf16_reason(dtype: torch.dtype | None) -> str | None:
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_CAPABILITY = (9, 0)
-"""The head's tiles need Hopper's shared memory, and are made for its tensor maps and wgmma."""
+"""The head's tiles need Hopper's shared memory, and are made for its tensor maps and wgmma; the tree's too."""
+TREE_DIMS = (64, 128)
+TREE_BLOCKS = (64, 128)
+"""Tiles of a plan that are worth a GPU's while; the interpreter takes smaller ones too."""
 ALIGNMENT = 16
 """Bytes: what a tensor map asks of its base and of its row stride."""
 
@@ -84,6 +87,20 @@ def triton_logits_reason(logits: torch.Tensor | None = None) -> str | None:
     if logits.dtype not in _FLOATS:
         return f"logits are {logits.dtype}; the kernels take bfloat16, float16 and float32"
     return _bf16_reason(logits.dtype)
+
+
+def triton_tree_reason(q: torch.Tensor | None = None, block: int | None = None) -> str | None:
+    """Why Triton cannot run tree attention here, or on q [N, Hq, D] and a plan of such blocks; None if it can."""
+    why = triton_reason(None if q is None else q.device.type, HEAD_CAPABILITY)
+    if why is not None or q is None:
+        return why
+    if q.dtype not in _FLOATS:
+        return f"q is {q.dtype}; the kernels take bfloat16, float16 and float32"
+    if q.dim() == 3 and q.shape[2] not in TREE_DIMS:
+        return f"head_dim is {q.shape[2]}; the kernels take {' and '.join(map(str, TREE_DIMS))}"
+    if block is not None and (block > max(TREE_BLOCKS) or block not in TREE_BLOCKS and not interpreting()):
+        return f"the plan's tiles have {block} rows; the kernels take {' and '.join(map(str, TREE_BLOCKS))}"
+    return _bf16_reason(q.dtype)
 
 
 def num_programs(device: torch.device) -> int:

@@ -6,13 +6,14 @@ import importlib.util
 from m2kernels import _native
 from m2kernels._backend import BACKENDS
 from m2kernels._head import HEAD_BACKENDS
+from m2kernels.tree_attention import TREE_BACKENDS
 
 OPS = {
     "group_advantage": BACKENDS,
     "policy_loss": BACKENDS,
     "linear_logprob": HEAD_BACKENDS,
     "linear_policy_loss": HEAD_BACKENDS,
-    "tree_attention": BACKENDS,
+    "tree_attention": TREE_BACKENDS,
     "logprob": HEAD_BACKENDS,
 }
 """The tensor ops, and the backends that each one has."""

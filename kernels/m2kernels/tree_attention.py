@@ -3,8 +3,9 @@
     s = scale q[i] . k[j] for j <= i < subtree_end[j],  lse = log(sum(exp(s))),  o[i] = sum(exp(s - lse) v[j])
 
 It equals causal attention on the sequences apart, where rows that they share would be computed many times over.
-Backends: `cpu` cuts the forest into dense pieces (see _tree_attention_cpu.py); `torch` is the reference, any device
-and dtype: each chain of rows attends to a copy of its path.
+Backends: `triton` walks the planner's tiles on a GPU (see _tree_attention_triton.py); `cpu` cuts the forest into dense
+pieces (_tree_attention_cpu.py); `flash` hands a forest of chains to a varlen kernel (_tree_attention_flash.py), only
+when it is asked for; `torch` is the reference, any device and dtype: each chain of rows attends to a copy of its path.
 """
 
 import math
@@ -12,21 +13,32 @@ from typing import Literal, overload
 
 import torch
 
-from m2kernels._backend import choose_backend
+from m2kernels._backend import BACKENDS, choose_backend
 from m2kernels._check import check_device, check_dtype
 from m2kernels._tree_attention_cpu import CpuTreeAttention
+from m2kernels._tree_attention_flash import flash_reason, flash_tree_attention
+from m2kernels._triton import triton_tree_reason
 from m2kernels.plan_tree import TreePlan
 
 _OP = "tree_attention"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def unsupported_reason(backend: str, q: torch.Tensor | None = None) -> str | None:
-    """Why `backend` (cuda | triton | cpu | torch) cannot run here, or on these queries; None if it can."""
+TREE_BACKENDS = (*BACKENDS, "flash")
+"""`auto` never gets to the last one: where `torch` is reached it can run."""
+
+
+def unsupported_reason(backend: str, q: torch.Tensor | None = None, plan: TreePlan | None = None) -> str | None:
+    """Why `backend` (cuda | cpu | triton | torch | flash) cannot run here, on these queries or this plan; None if it
+    can."""
     if backend == "torch":
         return None
-    if backend in ("cuda", "triton"):
-        return f"there is no {backend} kernel for tree_attention"
+    if backend == "cuda":
+        return "there is no cuda kernel for tree_attention"
+    if backend == "triton":
+        return triton_tree_reason(q, None if plan is None else plan.tiles.block)
+    if backend == "flash":
+        return flash_reason(q, plan)
     if q is not None and q.device.type != "cpu":
         return f"q is on {q.device.type}"
     return None
@@ -100,26 +112,40 @@ def tree_attention(
         v: [N, Hkv, D].
         plan: from :func:`m2kernels.plan_tree`; row j is visible to row i iff j <= i < plan.subtree_end[j].
         scale: of the scores; None is D ** -0.5.
-        deterministic: False lets a backend use a faster backward whose sums have no fixed order. cpu and torch have
-            none: both are deterministic in any case.
+        deterministic: False lets a backend use a faster backward whose sums have no fixed order: triton and flash have
+            one. torch's varlen kernel follows torch.use_deterministic_algorithms instead.
         return_lse: also return the log-sum-exp of each row's scores.
-        backend: auto | cuda | cpu | torch.
+        backend: auto | triton | cpu | torch | flash. flash takes a forest of chains alone, and is never `auto`'s
+            choice.
 
     Returns:
         o [N, Hq, D] in q's dtype; with return_lse (o, lse float32 [N, Hq], float64 for float64; no gradient).
         Differentiable once in q, k, v.
 
     Raises:
-        ValueError: a wrong shape, dtype or device, or a backend that cannot run.
+        ValueError: a wrong shape, dtype or device, a backend that cannot run, or, for triton, a plan that is not on
+            q's device.
     """
     number = q.shape[-1] ** -0.5 if scale is None and q.dim() == 3 and q.shape[-1] else float(scale or 0.0)
     _check_inputs(q, k, v, plan, number)
-    chosen = choose_backend(_OP, backend, lambda name: unsupported_reason(name, q))
-    if chosen == "cpu" and q.numel():
+    chosen = choose_backend(_OP, backend, lambda name: unsupported_reason(name, q, plan), TREE_BACKENDS)
+    if not plan.num_rows or not q.numel():
+        chosen = "torch"
+    lse: torch.Tensor | None
+    if chosen == "cpu":
         out, lse = CpuTreeAttention.apply(q, k, v, plan, number)
+    elif chosen == "triton":
+        from m2kernels._tree_attention_triton import triton_tree_attention
+
+        out, lse = triton_tree_attention(q, k, v, plan, number, deterministic, return_lse)
+    elif chosen == "flash":
+        out, lse = flash_tree_attention(q, k, v, plan, number, deterministic)
     else:
         out, lse = _tree_attention_torch(q, k, v, plan, number)
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
 
 
 def _tree_attention_torch(

@@ -1,8 +1,7 @@
 """Core attention over prefix forests for Megatron's layers, with rotary embedding by position.
 
 Rows lie in `[tokens, heads, dim]` (THD) and attend to themselves and to the rows above them in their tree; sequences
-packed one after another are a forest of chains. Such a one goes to torch's varlen flash attention on CUDA in bf16,
-everything else to `mk.tree_attention`.
+packed one after another are a forest of chains. Such a one goes to a varlen kernel where there is one (CUDA, bf16).
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 import m2kernels as mk
+from m2kernels.tree_attention import unsupported_reason
 
 
 @dataclass
@@ -104,29 +104,7 @@ class ThdCoreAttention(torch.nn.Module):
         assert packed.forest is not None, "packed_rows() made no description"
         query = _Rotate.apply(query, packed.cos, packed.sin)
         key = _Rotate.apply(key, packed.cos, packed.sin)
-        if packed.cu_seqlens_q is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-            out = _varlen(query, key, value, packed, self.scale)
-        else:
-            out = mk.tree_attention(query, key, value, packed.forest, scale=self.scale)
+        flash = packed.cu_seqlens_q is not None and unsupported_reason("flash", query, packed.forest) is None
+        backend = "flash" if flash else "auto"
+        out = mk.tree_attention(query, key, value, packed.forest, scale=self.scale, backend=backend)
         return out.reshape(out.shape[0], -1)
-
-
-def _varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedRows, scale: float
-) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    out = varlen_attn(
-        query,
-        key,
-        value,
-        packed.cu_seqlens_q,
-        packed.cu_seqlens_kv,
-        packed.max_seqlen_q,
-        packed.max_seqlen_kv,
-        scale=scale,
-        window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    assert isinstance(out, torch.Tensor)
-    return out

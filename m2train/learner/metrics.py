@@ -86,7 +86,7 @@ def importance(
 
 
 def packing(plan: StepPlan, scored: Sequence[Scored], recipe: Recipe) -> dict[str, float]:
-    """Tokens computed and those that sharing spared; pairs in the tiles of attention per visible pair; and tokens per
+    """Tokens computed and those that sharing spared; whether as a forest, and what that was predicted to save; pairs in the tiles of attention per visible pair; and tokens per
     room in the micro-batches, and per room of the fullest (ranks wait for each other)."""
     sizes = [size for rank in plan.tokens for size in rank]
     return {
@@ -97,4 +97,6 @@ def packing(plan: StepPlan, scored: Sequence[Scored], recipe: Recipe) -> dict[st
         "learner/tile_inflation": sum(one.area for one in scored) / sum(one.pairs for one in scored),
         "learner/packing_efficiency": sum(sizes) / (len(sizes) * recipe.learner.micro_batch_tokens),
         "learner/balance": sum(sizes) / (len(sizes) * max(sizes)),
+        "learner/packed_as_tree": float(plan.packing == "tree"),
+        **({} if plan.choice is None else {"learner/predicted_tree_gain": plan.choice.gain}),
     }

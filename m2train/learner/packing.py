@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 import m2kernels as mk
+from m2kernels.packing_cost import ASSUMED, pairs_apart
 from m2train.config import ConfigError, Recipe
 from m2train.learner.batch import Sample, TrainBatch
 from m2train.learner.grouping import Limit, SharedPrefixes, Unit
 from m2train.learner.hf_config import HfModel
+
+_WAYS = ("tree", "varlen")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,10 @@ class StepPlan:
     """Tokens of all samples, shared ones as often as they occur."""
     seconds: float
     """Spent on planning."""
+    packing: str
+    """tree | varlen | none: the recipe's, or what was chosen for it."""
+    choice: mk.PackingChoice | None
+    """Why, under `packing = "auto"`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +102,8 @@ def plan_step(batch: TrainBatch, recipe: Recipe, costs: Costs, rank: int = 0, mu
         ConfigError: `learner.micro_batches` is too small for the caps, or a sample exceeds one.
     """
     started = time.perf_counter()
-    members, tokens = plan_micro_batches(batch.samples, recipe, costs, multiple)
+    recipe, choice = choose_packing(batch.samples, recipe, costs, multiple)
+    members, tokens, _ = plan_micro_batches(batch.samples, recipe, costs, multiple)
     shared = recipe.learner.packing == "tree"
     forests = []
     for one, rows in zip(members[rank], tokens[rank], strict=True):
@@ -107,7 +115,40 @@ def plan_step(batch: TrainBatch, recipe: Recipe, costs: Costs, rank: int = 0, mu
         forests=forests,
         input_tokens=sum(s.token_ids.numel() for s in batch.samples),
         seconds=time.perf_counter() - started,
+        packing=recipe.learner.packing,
+        choice=choice,
     )
+
+
+def choose_packing(
+    samples: Sequence[Sample], recipe: Recipe, costs: Costs, multiple: int = 1
+) -> tuple[Recipe, mk.PackingChoice | None]:
+    """The recipe with `packing = "auto"` decided for this batch, and why; as it is, and None, if it says another.
+
+    Every rank decides the same: the costs are given, not measured.
+    """
+    learner = recipe.learner
+    if learner.packing != "auto":
+        return recipe, None
+    ways = {way: recipe.model_copy(update={"learner": learner.model_copy(update={"packing": way})}) for way in _WAYS}
+    _, tokens, pairs = plan_micro_batches(samples, ways["tree"], costs, multiple)
+    lengths = [s.token_ids.numel() for s in samples]
+    work = mk.PackingWork(
+        tree_tokens=sum(size for rank in tokens for size in rank),
+        tree_pairs=pairs,
+        varlen_tokens=sum(lengths),
+        varlen_pairs=pairs_apart(lengths),
+        rows=sum(s.reply_length for s in samples),
+    )
+    flops = mk.ModelFlops(token=1.0, pair=costs.pair, row=costs.row)
+    kernels = ASSUMED["cuda" if torch.cuda.is_available() else "cpu"]
+    choice = mk.choose_packing(work, flops, kernels, recompute=learner.recompute)
+    if choice.packing == "varlen" and learner.micro_batches is not None:
+        try:
+            plan_micro_batches(samples, ways["varlen"], costs, multiple)
+        except ConfigError as err:
+            return ways["tree"], replace(choice, packing="tree", reason=f"tree, for as varlen {err}; {choice.reason}")
+    return ways[choice.packing], choice
 
 
 def plan_forest(samples: Sequence[Sample], shared: bool, pad: int = 0) -> mk.TreePlan:
@@ -146,8 +187,9 @@ def build_micro_batch(
 
 def plan_micro_batches(
     samples: Sequence[Sample], recipe: Recipe, costs: Costs, multiple: int = 1
-) -> tuple[list[list[list[int]]], list[list[int]]]:
-    """`members[dp rank][micro-batch]`, and the tokens of each; bins of similar cost run at the same time.
+) -> tuple[list[list[list[int]]], list[list[int]], int]:
+    """`members[dp rank][micro-batch]`, the tokens of each, and the visible pairs of all; bins of similar cost run at
+    the same time.
 
     Raises:
         ConfigError: `learner.micro_batches` is too small for the caps, or a sample exceeds one.
@@ -173,7 +215,8 @@ def plan_micro_batches(
     dummies = -len(bins) % learner.dp
     members, tokens = members + [[]] * dummies, tokens + [0] * dummies
     ranks = range(learner.dp)
-    return [members[rank :: learner.dp] for rank in ranks], [tokens[rank :: learner.dp] for rank in ranks]
+    pairs = sum(size[1] for size in sizes)
+    return [members[rank :: learner.dp] for rank in ranks], [tokens[rank :: learner.dp] for rank in ranks], pairs
 
 
 def _check_samples(samples: Sequence[Sample], limit: Limit, recipe: Recipe) -> None:

@@ -25,7 +25,7 @@ def use_transformer_engine() -> bool:
 
 def use_own_attention(packing: str) -> bool:
     """Whether ThdCoreAttention is the core attention; Transformer Engine's knows no trees."""
-    return packing == "tree" or not use_transformer_engine()
+    return packing in ("tree", "auto") or not use_transformer_engine()
 
 
 def layer_spec(config: TransformerConfig, packing: str) -> Any:

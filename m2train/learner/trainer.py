@@ -75,7 +75,6 @@ class Trainer:
     def __init__(
         self, recipe: Recipe, model_dir: Path, resume: Path | None = None, control: dist.ProcessGroup | None = None
     ) -> None:
-        recipe = _with_packing(recipe)
         self.recipe = recipe
         self.hf = read_hf_config(model_dir)
         recipe.check_model(self.hf.heads, self.hf.kv_heads, self.hf.layers, self.hf.max_positions)
@@ -140,6 +139,8 @@ class Trainer:
         everything = [s for found in gather_to_first(scored, self.control) for s in found]
         if dist.get_rank() != 0:
             return StepResult(metrics={}, logp=[])
+        if plan.choice is not None:
+            print(f"update {self.update}: {plan.choice.reason}", flush=True)  # into the learner's log
         logp = _by_sample(batch, everything)
         metrics = step_metrics(batch, logp, everything, plan, self.recipe)
         metrics |= {"learner/grad_norm": norm, "learner/lr": rate, **timing}
@@ -257,14 +258,6 @@ class Trainer:
         if out.loss is not None and not math.isfinite(scored.loss):
             raise FloatingPointError(f"loss is {scored.loss} in micro-batch {index} of update {self.update}")
         return loss, count, scored
-
-
-def _with_packing(recipe: Recipe) -> Recipe:
-    """`packing = "auto"` decided: a forest is worth its while where its attention has a kernel."""
-    if recipe.learner.packing != "auto":
-        return recipe
-    packing = "tree" if device().type == "cpu" else "varlen"
-    return recipe.model_copy(update={"learner": recipe.learner.model_copy(update={"packing": packing})})
 
 
 def loss_spec(algo: AlgoConfig) -> mk.LossSpec:

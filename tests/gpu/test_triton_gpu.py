@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from forests import dialogues, replies
 from kernel_testing import assert_kernel
 from policy_cases import SPECS, for_spec, ids
 from policy_cases import make_case as make_policy_case
 from policy_cases import run as run_policy
+from tree_cases import EPS, NAMES, assert_matches, inputs, run
 from triton_head_cases import check_head, make_case, oracle_rows
 from triton_testing import on_hopper
 
@@ -182,3 +184,143 @@ def test_group_advantage_at_size():
     plain = mk.group_advantage(reward, group, scale="std", backend="torch")
     assert_kernel("advantage", got, plain, want)
     assert torch.equal(got, mk.group_advantage(reward, group, scale="std", backend="triton"))
+
+
+TREES = {
+    "dialogues": dialogues(3, 4, 300, 90, 40, 60),
+    "replies": replies(2, 6, 257, 129),
+    "short turns": dialogues(4, 10, 65, 17, 5, 9),
+    "chains": [list(range(n)) for n in (700, 1, 64, 129)],
+}
+MODES = pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "atomics"])
+
+
+@MODES
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "dim"), [((8, 2), 64), ((6, 2), 128), ((3, 3), 128)])
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("blocks", [(128, 128), (128, 64), (64, 64)], ids=str)
+def test_tree_oracle(tree, heads, dim, dtype, blocks, deterministic):
+    plan = mk.plan_tree(TREES[tree], block=blocks[0], kv_block=blocks[1])
+    xs, d = inputs(plan.num_rows, heads, dim, dtype)
+    assert_matches(xs, d, plan, "triton", device="cuda", deterministic=deterministic)
+
+
+def large(dtype=torch.bfloat16, heads=(8, 1), dim=128):
+    """A prompt that thousands of rows see: one KV head, so that its blocks are split."""
+    plan = mk.plan_tree(replies(1, 12, 3000, 1500) + dialogues(1, 4, 700, 300, 80, 150)).to("cuda")
+    xs, d = inputs(plan.num_rows, heads, dim, dtype)
+    return plan, [x.detach().cuda().requires_grad_() for x in xs], d.cuda()
+
+
+@MODES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tree_of_twenty_thousand_rows(dtype, deterministic):
+    """Against the reference in float64 on the device; torch's attention in the same dtype, chain by chain, beside."""
+    from m2kernels._tree_attention_triton import backward_units
+
+    plan, xs, d = large(dtype)
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    assert backward_units(plan, 1, sms).num_slots > 0
+    wide = [x.detach().double().requires_grad_() for x in xs]
+    want = run(wide, d.double(), plan, "torch")
+    plain = run(xs, d, plan, "torch")
+    got = run(xs, d, plan, "triton", deterministic=deterministic)
+    for name, mine, theirs, true in zip(NAMES, got, plain, want, strict=True):
+        # The reference computes in float32 and rounds once: a kernel whose probabilities are bf16 may be further off.
+        assert_kernel(name, mine, theirs, true, ratio=4.0, eps=EPS[dtype] * (10 if dtype == torch.bfloat16 else 1))
+
+
+def test_tree_is_deterministic_to_the_bit():
+    plan, xs, d = large()
+    noise, stream = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
+    first = run(xs, d, plan, "triton")
+    for _ in range(100):
+        with torch.cuda.stream(stream):
+            noise @ noise  # moves the schedule
+        assert all(torch.equal(a, b) for a, b in zip(run(xs, d, plan, "triton"), first, strict=True))
+
+
+@MODES
+def test_tree_siblings_are_isolated_to_the_bit(deterministic):
+    plan, xs, d = large()
+    mine = plan.rows(1)[3000:].long()
+    others = torch.ones(plan.num_rows, dtype=torch.bool, device="cuda")
+    others[mine] = False
+    d[others] = 0.0
+    before = mk.tree_attention(*xs, plan, backend="triton", deterministic=deterministic)
+    noisy = []
+    for x in xs:
+        y = x.detach().clone()
+        y[mine] = (1e4 * (2 * torch.rand(y[mine].shape, device="cuda") - 1)).to(y.dtype)
+        noisy.append(y.requires_grad_())
+    after = mk.tree_attention(*noisy, plan, backend="triton", deterministic=deterministic)
+    assert torch.equal(after[others], before[others])
+    outside = torch.ones_like(others)
+    outside[plan.rows(1).long()] = False
+    for grad in torch.autograd.grad(after, noisy, d):
+        assert not grad[outside].any()
+
+
+def test_tree_padding_may_hold_nan():
+    plan, xs, d = large()
+    want = run(xs, d, plan, "triton")
+    more = [torch.cat([x.detach(), x.new_full((77, *x.shape[1:]), torch.nan)]) for x in (*xs, d)]
+    got = run([x.requires_grad_() for x in more[:3]], more[3], plan, "triton")
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a[: plan.num_rows], b) and not a[plan.num_rows :].any()
+
+
+def test_tree_without_a_sync_and_without_compiling_again():
+    """New forests of other lengths, planned and moved: nothing waits for the device, nothing is compiled."""
+    from m2kernels import _tree_attention_triton_kernels as kernels
+
+    def step(plan):
+        plan = plan.to("cuda")
+        xs = [torch.randn(plan.num_rows, h, 64, device="cuda", dtype=torch.bfloat16) for h in (4, 2, 2)]
+        out = mk.tree_attention(*(x.requires_grad_() for x in xs), plan, backend="triton")
+        out.backward(torch.ones_like(out))
+
+    plans = [mk.plan_tree(replies(1, 4, 500 + i, 300 + 7 * i)) for i in range(1, 12)]
+    step(plans[0])
+    compiled = [len(k.device_caches[0][0]) for k in (kernels.tree_forward_kernel, kernels.tree_dkdv_kernel)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for plan in plans[1:]:
+            step(plan)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert compiled == [len(k.device_caches[0][0]) for k in (kernels.tree_forward_kernel, kernels.tree_dkdv_kernel)]
+
+
+def test_tree_on_a_side_stream_and_in_a_cuda_graph():
+    plan, xs, d = large()
+    want = run(xs, d, plan, "triton")
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        busy = torch.randn(8192, 8192, device="cuda")
+        for _ in range(8):
+            busy = busy @ busy * 1e-4
+        late = [(x + 0 * busy[0, 0].to(x.dtype).nan_to_num(0, 0, 0)).detach().requires_grad_() for x in xs]
+        got = run(late, d, plan, "triton")
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(xs, d, plan, "triton")
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_flash_on_chains(dtype):
+    plan = mk.plan_tree(TREES["chains"], keys=range(4))
+    xs, d = inputs(plan.num_rows, (8, 2), 128, dtype)
+    assert_matches(xs, d, plan, "flash", device="cuda")
+    there = [x.detach().cuda() for x in xs]
+    assert torch.equal(
+        mk.tree_attention(*there, plan.to("cuda")), mk.tree_attention(*there, plan.to("cuda"), backend="triton")
+    )
