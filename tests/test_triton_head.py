@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
-import torch
 import test_linear_policy_loss as policy
+import torch
 from kernel_testing import assert_kernel
 from triton_head_cases import (
     HeadCase,

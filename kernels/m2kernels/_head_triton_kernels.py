@@ -83,15 +83,30 @@ def _halves(x, ROWS: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def _logits(acc, col, row, target, bias_ptr, row_temp_ptr, num_rows, num_cols, num_valid, inv_temp, softcap):
-    """Products of some columns -> _masked z."""
+def _logits(
+    acc, first, row, target, has_target, bias_ptr, row_temp_ptr, num_rows, num_cols, num_valid, inv_temp, softcap,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Products of columns from `first` on -> _masked z.
+
+    Most tiles hold no padding and no row's target: both branches are the same for all threads, and
+    skipping them takes a third of the arithmetic off the epilogue.
+    """
+    col = first + tl.arange(0, WIDTH)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + col, mask=col < num_cols, other=0.0).to(tl.float32)[None, :]
     if row_temp_ptr is not None:
         z = _scaled(acc, tl.load(row_temp_ptr + row, mask=row < num_rows, other=0.0)[:, None], softcap)
     else:
         z = _scaled(acc, inv_temp, softcap)
-    return _masked(z, col[None, :], target[:, None], num_valid, 1)
+    own = tl.zeros((z.shape[0], 1), tl.float32)
+    if first + WIDTH > num_valid:
+        z = tl.where(col[None, :] < num_valid, z, -float("inf"))
+    if has_target:
+        hit = col[None, :] == target[:, None]
+        own = tl.sum(tl.where(hit, z, 0.0), 1, keep_dims=True)
+        z = tl.where(hit, -float("inf"), z)
+    return z, own
 
 
 @triton.jit
@@ -102,23 +117,27 @@ def _finish_tile(
     """One tile of products [BLOCK_M, TILE] -> its statistics, and E; half by half, or registers spill."""
     HALF: tl.constexpr = TILE // 2
     left, right = _halves(acc, BLOCK_M, HALF)
-    col = tile * TILE + tl.arange(0, HALF)
+    first = tile * TILE
+    here = (target >= first) & (target < first + TILE)
+    has_target = tl.max(here.to(tl.int32), 0) > 0
     left, own_left = _logits(
-        left, col, row, target, bias_ptr, row_temp_ptr, num_rows, num_cols, num_valid, inv_temp, softcap
-    )
+        left, first, row, target, has_target, bias_ptr, row_temp_ptr, num_rows, num_cols, num_valid, inv_temp, softcap,
+        HALF,
+    )  # fmt: skip
     right, own_right = _logits(
-        right, col + HALF, row, target, bias_ptr, row_temp_ptr, num_rows, num_cols, num_valid, inv_temp, softcap
-    )
+        right, first + HALF, row, target, has_target, bias_ptr, row_temp_ptr, num_rows, num_cols, num_valid, inv_temp,
+        softcap, HALF,
+    )  # fmt: skip
     top = tl.maximum(tl.max(left, 1, keep_dims=True), tl.max(right, 1, keep_dims=True))
     anchor, reported = _anchor(top, SHIFT)
     e, total, moment = _weighted(left, anchor, moment_ptr is not None, 1)
     if kept is not None:
-        kept.store([first_row, tile * TILE], e.to(kept.dtype))
+        kept.store([first_row, first], e.to(kept.dtype))
     e, total_right, moment_right = _weighted(right, anchor, moment_ptr is not None, 1)
     if kept is not None:
-        kept.store([first_row, tile * TILE + HALF], e.to(kept.dtype))
-    inside = (row < num_rows)[:, None] & (tile * TILE < num_cols)
-    owns = inside & (target >= tile * TILE)[:, None] & (target < tile * TILE + TILE)[:, None]
+        kept.store([first_row, first + HALF], e.to(kept.dtype))
+    inside = (row < num_rows)[:, None] & (first < num_cols)
+    owns = inside & here[:, None]
     _store_statistics(
         tile * num_rows + row[:, None], inside, row[:, None], owns, own_left + own_right, reported,
         total + total_right, moment + moment_right, z_target_ptr, anchor_ptr, total_ptr, moment_ptr,

@@ -168,6 +168,32 @@ def _compiled(problem: HeadProblem, terms: PolicyTerms, needs: list[bool]) -> Li
     return LinearPolicyLoss(loss, logp, entropy, metrics_from_stats(stats))
 
 
+def _make_terms(
+    like: torch.Tensor,
+    advantage: torch.Tensor,
+    seq: torch.Tensor,
+    denom: float | torch.Tensor,
+    spec: LossSpec,
+    per_token: bool,
+    given: dict[str, torch.Tensor | None],
+) -> PolicyTerms:
+    """The arguments of the loss, checked for log-probs like `like`; raises ValueError."""
+    _check_inputs(like, advantage, seq, None, per_token, given)
+    _check_spec(spec, {**given, "entropy": like})
+    old_logp, rollout_logp, ref_logp = (None if x is None else x.detach() for x in given.values())
+    return PolicyTerms(
+        old_logp=old_logp,
+        rollout_logp=rollout_logp,
+        ref_logp=ref_logp,
+        advantage=advantage.detach(),
+        seq=seq,
+        spec=spec,
+        per_token=per_token,
+        denom=_number(denom),
+        divisor=denom.detach().reshape(()).float() if isinstance(denom, torch.Tensor) else None,
+    )
+
+
 def linear_policy_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -200,8 +226,6 @@ def linear_policy_loss(
 
     Args:
         hidden: [N, D]; its gradient is this rank's part, as there.
-        weight: [V or V/tp, D].
-        target: int[M].
         old_logp: f32[M], or None: on-policy, the ratio is 1 and has a gradient.
         advantage: f32[num_seqs], looked up by seq; with per_token f32[M].
         seq: int[M], ascending: the sequence of each token. Masked tokens are those that `rows`,
@@ -209,23 +233,14 @@ def linear_policy_loss(
         denom: what the sum is divided by; over 0. A 0-d tensor is not read on the host.
         spec: which loss; None is LossSpec().
         per_token: the advantage is given per token.
-        rows: int[M], rows of hidden, or None.
-        bias: [V or V/tp] or None.
-        temperature: a number over 0, or f32[M].
-        softcap: None or a number over 0.
-        vocab_size: ids from here on are padding.
         rollout_logp: f32[M]; needed for spec.tis_cap.
         ref_logp: f32[M]; needed when spec.kl_coef is not 0.
-        tp_group: process group that the vocabulary is sharded over.
-        vocab_start: global id of this shard's first row.
         main_grad: float32 [V or V/tp, D] that dW is added to, exactly once; the weight itself then
             gets no gradient. Eager only.
         grad_scale: the factor that backward will bring (Megatron: loss scale / micro-batches). dW
             times it is added in the forward, and no copy of dW is made; a backward that brings
-            another factor raises ValueError. None: dW is kept, and added in backward.
-        backend: auto | triton | cpu | torch.
-        chunk_bytes: budget of a chunk's logits.
-        invariant: as in linear_logprob.
+            another factor raises ValueError (on a GPU, where nothing waits for the comparison, the
+            device's assertion fails). None: dW is kept, and added in backward.
 
     Returns:
         LinearPolicyLoss(loss, logp, entropy, metrics). One backward, with any upstream gradient
@@ -240,18 +255,10 @@ def linear_policy_loss(
         vocab_size=vocab_size, tp_group=tp_group, vocab_start=vocab_start, backend=backend,
         chunk_bytes=chunk_bytes, invariant=invariant,
     )  # fmt: skip
-    optional = {"old_logp": old_logp, "rollout_logp": rollout_logp, "ref_logp": ref_logp}
     like = torch.empty(target.shape[0], dtype=torch.float32, device=hidden.device)
-    _check_inputs(like, advantage, seq, None, per_token, optional)
-    _check_spec(spec, {**optional, "entropy": like})
+    given = {"old_logp": old_logp, "rollout_logp": rollout_logp, "ref_logp": ref_logp}
+    terms = _make_terms(like, advantage, seq, denom, spec, per_token, given)
     check_main_grad(_OP, main_grad, grad_scale, weight)
-    number = _number(denom)
-    divisor = denom.detach().reshape(()).float() if isinstance(denom, torch.Tensor) else None
-    old_logp, rollout_logp, ref_logp = (None if x is None else x.detach() for x in optional.values())
-    terms = PolicyTerms(
-        old_logp=old_logp, advantage=advantage.detach(), seq=seq, rollout_logp=rollout_logp, ref_logp=ref_logp,
-        spec=spec, per_token=per_token, denom=number, divisor=divisor,
-    )  # fmt: skip
     if torch.compiler.is_compiling():
         grad = torch.is_grad_enabled()
         needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
