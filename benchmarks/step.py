@@ -14,7 +14,8 @@ same machine:
 First one step of each is compared: loss, log-probs and the gradient of every tensor have to be those of `none` (or of
 the last variant) before anything is timed. Then prints tokens/s, MFU against the GEMM rate measured on this machine,
 phases and peak memory of each, and an Amdahl table: the share of the step that an op has, times what a variant of the
-op gains alone, predicts what the step gains; the measured gain stands beside it. --mllog adds a file of `:::MLLOG` lines, an interval for each step.
+op gains alone, predicts what the step gains; the measured gain stands beside it. --mllog adds a file of `:::MLLOG`
+lines, an interval for each step.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ class Rank:
         recipe = make_recipe(
             self.batch,
             dtype=args.dtype,
-            lr=1e-9,
+            lr=1e-30,  # below the resolution of any weight: every step sees the same ones
             micro_batch_tokens=args.micro_batch_tokens,
             packing="tree",
             **layout,
