@@ -1,4 +1,4 @@
-"""Tree attention by Triton under the interpreter: float64 oracle, hostile inputs, isolation and repetition to the bit.
+"""Tree attention by Triton under the interpreter: float64 oracle, hostile inputs, isolation to the bit.
 
 The interpreter's time is that of its programs and operations, not of their size: few tiles, but several each way.
 """
@@ -77,9 +77,9 @@ def test_any_forest(case, seed, scale):
 def test_split_kv_blocks(split_blocks, deterministic):
     from m2kernels import _tree_attention_triton as tree
 
-    plan = mk.plan_tree(replies(1, 4, 40, 21), block=16)
+    plan = mk.plan_tree(replies(1, 3, 40, 21), block=32)
     units = tree.backward_units(plan, 1, 1000)
-    assert units.num_slots > len(units.splits) >= 3
+    assert units.num_slots > len(units.splits) >= 2
     xs, d = inputs(plan.num_rows, (2, 1), 64, torch.bfloat16)
     assert_matches(xs, d, plan, "triton", deterministic=deterministic)
     first = run(xs, d, plan, "triton")

@@ -1,4 +1,4 @@
-"""Tree attention of a forest of chains, which is causal attention on sequences one after another: flash-attn's varlen.
+"""Tree attention of a forest of chains, which is causal attention on sequences one after another: varlen kernels.
 
 Packages, the first that is there: `flash_attn_interface` (FlashAttention-3, for Hopper), `flash_attn` 2, torch's own
 `torch.nn.attention.varlen` (2.11 and later; FlashAttention-2). They attend from the lower right of each sequence, all

@@ -213,12 +213,14 @@ def tree_dq_kernel(
     delta = tl.load(delta_ptr + head * stride + row, mask=row < num_rows, other=0.0)
     acc = tl.zeros((BLOCK_M, DIM), tl.float32)
     acc = _pull_queries(
-        acc, q, d_out, q_tile, g_tile, lse, delta, first, row, head, k, v, head // GROUP, kv_ptr, begin * SPLIT, full * SPLIT,
-        subtree_end_ptr, num_rows, scale_log2, True, SPLIT, BLOCK_M, BLOCK_N, DIM, PRECISION, RELOAD,
+        acc, q, d_out, q_tile, g_tile, lse, delta, first, row, head, k, v, head // GROUP, kv_ptr,
+        begin * SPLIT, full * SPLIT, subtree_end_ptr, num_rows, scale_log2, True, SPLIT, BLOCK_M, BLOCK_N, DIM,
+        PRECISION, RELOAD,
     )  # fmt: skip
     acc = _pull_queries(
-        acc, q, d_out, q_tile, g_tile, lse, delta, first, row, head, k, v, head // GROUP, kv_ptr, full * SPLIT, end * SPLIT,
-        subtree_end_ptr, num_rows, scale_log2, False, SPLIT, BLOCK_M, BLOCK_N, DIM, PRECISION, RELOAD,
+        acc, q, d_out, q_tile, g_tile, lse, delta, first, row, head, k, v, head // GROUP, kv_ptr,
+        full * SPLIT, end * SPLIT, subtree_end_ptr, num_rows, scale_log2, False, SPLIT, BLOCK_M, BLOCK_N, DIM,
+        PRECISION, RELOAD,
     )  # fmt: skip
     _store(dq, first, head, acc * scale, BLOCK_M, DIM)
 

@@ -3,9 +3,9 @@
     s = scale q[i] . k[j] for j <= i < subtree_end[j],  lse = log(sum(exp(s))),  o[i] = sum(exp(s - lse) v[j])
 
 It equals causal attention on the sequences apart, where rows that they share would be computed many times over.
-Backends: `triton` walks the planner's tiles on a GPU (see _tree_attention_triton.py); `cpu` cuts the forest into dense
-pieces (_tree_attention_cpu.py); `flash` hands a forest of chains to a varlen kernel (_tree_attention_flash.py), only
-when it is asked for; `torch` is the reference, any device and dtype: each chain of rows attends to a copy of its path.
+Backends: `triton` walks the planner's tiles on a GPU (see _tree_attention_triton.py); `cpu` cuts the forest into
+dense pieces (_tree_attention_cpu.py); `flash` hands a forest of chains to a varlen kernel (_tree_attention_flash.py),
+only when it is asked for; `torch` is the reference, any device and dtype: each chain attends to a copy of its path.
 """
 
 import math
@@ -112,8 +112,8 @@ def tree_attention(
         v: [N, Hkv, D].
         plan: from :func:`m2kernels.plan_tree`; row j is visible to row i iff j <= i < plan.subtree_end[j].
         scale: of the scores; None is D ** -0.5.
-        deterministic: False lets a backend use a faster backward whose sums have no fixed order: triton and flash have
-            one. torch's varlen kernel follows torch.use_deterministic_algorithms instead.
+        deterministic: False lets a backend use a faster backward whose sums have no fixed order: triton and flash
+            have one. torch's varlen kernel follows torch.use_deterministic_algorithms instead.
         return_lse: also return the log-sum-exp of each row's scores.
         backend: auto | triton | cpu | torch | flash. flash takes a forest of chains alone, and is never `auto`'s
             choice.

@@ -86,8 +86,9 @@ def importance(
 
 
 def packing(plan: StepPlan, scored: Sequence[Scored], recipe: Recipe) -> dict[str, float]:
-    """Tokens computed and those that sharing spared; whether as a forest, and what that was predicted to save; pairs in the tiles of attention per visible pair; and tokens per
-    room in the micro-batches, and per room of the fullest (ranks wait for each other)."""
+    """Tokens computed and those that sharing spared; whether as a forest, and what that was predicted to save; pairs
+    in the tiles of attention per visible pair; and tokens per room in the micro-batches, and per room of the fullest
+    (ranks wait for each other)."""
     sizes = [size for rank in plan.tokens for size in rank]
     return {
         "learner/micro_batches": float(len(plan.members[0])),
