@@ -57,6 +57,7 @@ def _loss_shapes() -> dict[str, dict[str, Any]]:
 
 
 NIGHTLY = tuple(name for name in _loss_shapes() if "16384" in name or ("32768" in name and "qwen2.5" not in name))
+VERL = "verl.utils.kernel.linear_cross_entropy"
 FIRST = ("qwen3-8b-4096-35pct", "qwen3-8b-4096-100pct")
 
 
@@ -135,7 +136,7 @@ def lm_head(s: Setup) -> Case:
             "cce": peers.peer("cce", module="cut_cross_entropy", adapt=lambda m: _on_rows(_cce(m)), **one),
             "liger": peers.peer("liger", module="liger_kernel.ops", adapt=lambda m: _on_rows(_liger(m)), **one),
             "quack": Skip("quack's linear_cross_entropy has the reductions mean and sum only: no log-prob per row"),
-            "verl": peers.peer("verl", module="verl.utils.kernel", adapt=_verl, **one),
+            "verl": peers.peer("verl", module=VERL, adapt=_verl, bare=True, **one),
             "trl": peers.peer("trl", module="trl.kernels.chunked_logprob", adapt=_trl, **one),
         },
         # Least traffic: hidden rows and weight read once, both gradients written once; no logits at all.
@@ -161,7 +162,7 @@ def _liger(module: Any) -> Fn:
     """The Hopper kernel of 0.8.2 and later: negative log-prob per row, with a temperature."""
 
     def run(hidden: Any, weight: Any, target: Any) -> torch.Tensor:
-        out = module.LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target, 1.0, -100, None, False)
+        out = module.LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target, 1.0)
         return out[0] if isinstance(out, tuple) else out
 
     module.LigerFusedLinearScaledCrossEntropyFunction  # noqa: B018  (an older version: the AttributeError is the reason)
@@ -169,6 +170,9 @@ def _liger(module: Any) -> Fn:
 
 
 def _verl(module: Any) -> Fn:
+    """The kernel file alone: the package around it wants a whole trainer. Its Triton kernels are imported late."""
+    importlib.import_module(f"{VERL.rpartition('.')[0]}.kernels")
+
     def run(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
         logp: torch.Tensor = module.linear_cross_entropy(hidden.index_select(0, rows), weight, target, 1.0, "none")[0]
         return logp

@@ -1,4 +1,4 @@
-"""Peers of tree attention compute tree attention: those that a CPU can run, and adapters of the others on stand-ins."""
+"""Peers of tree attention compute tree attention: those that a CPU can run; adapters of the others, on stand-ins."""
 
 import numpy as np
 import pytest

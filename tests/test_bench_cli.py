@@ -50,7 +50,7 @@ def test_run_writes_rows_and_refuses_wrong_results(monkeypatch, cases, tmp_path,
     for phase in ("fwd", "both"):
         for cache in ("cold", "warm"):
             good = seen["m2", phase, cache]
-            assert good.status == "ok" and good.timing.processes == 3 and len(good.timing.samples) == 3
+            assert good.status == "ok" and good.timing.processes == 5 and len(good.timing.samples) == 5
             assert (
                 good.timing.median > 0 and good.timing.ratio.to == "torch" and good.timing.low <= good.timing.median
             )

@@ -55,6 +55,13 @@ def measure(device: torch.device, threads: int, seconds: float = 0.5) -> Ceiling
     launch_<timer>      seconds of an op on one element, by that clock
     """
     torch.set_num_threads(threads)
+    found = _measured(device, threads, seconds)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the measuring processes have the same GPU
+    return found
+
+
+def _measured(device: torch.device, threads: int, seconds: float) -> Ceilings:
     timer = make_timer("events" if device.type == "cuda" else "cpu" if threads == 1 else "wall", device)
     cache = cache_bytes(device)
     found: Ceilings = {}

@@ -34,8 +34,18 @@ _GPU_FIELDS = {
 _HARMLESS = 0x1 | 0x2  # idle; clocks as an application asked for them
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """The machine, without names of hosts or users; `id` is the same for the same hardware (and GPU)."""
+def others() -> int:
+    """Processes on the GPU; asked before ours are there, which have other ids in a container."""
+    return len(_smi("--query-compute-apps=pid"))
+
+
+def machine(device: torch.device, neighbours: int | None = None) -> dict[str, Any]:
+    """The machine, without names of hosts or users; `id` is the same for the same hardware (and GPU).
+
+    Args:
+        device: which part of it is measured.
+        neighbours: what `others` said before our first process opened the GPU; None: this is the first.
+    """
     found: dict[str, Any] = {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -46,9 +56,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
     what = [found["cpu"], str(found["cores"]), str(found["memory_gib"])]
     if device.type == "cuda":
-        # Before this process opens the GPU: in a container its own entry would bear another process id.
-        others = len(_smi("--query-compute-apps=pid"))
-        found["gpu"] = gpu_state() | {"others": others, "name": torch.cuda.get_device_name(device)}
+        count = others() if neighbours is None else neighbours
+        found["gpu"] = gpu_state() | {"others": count, "name": torch.cuda.get_device_name(device)}
         what = [str(found["gpu"].get("uuid") or found["gpu"]["name"]), str(found["gpu"].get("driver"))]
     found["id"] = hashlib.sha256("\n".join(what).encode()).hexdigest()[:12]
     return found

@@ -37,6 +37,7 @@ class WorkerConfig:
         threads: CPU threads.
         workload: recorded rollouts, or None.
         site: a build to measure instead of what is installed here.
+        neighbours: processes on the GPU before ours; None: not asked.
     """
 
     cases: Path
@@ -45,6 +46,7 @@ class WorkerConfig:
     threads: int
     workload: Path | None = None
     site: Path | None = None
+    neighbours: int | None = None
 
 
 class Worker:
@@ -81,6 +83,7 @@ class Worker:
                 "timer": config.timer,
                 "threads": config.threads,
                 "workload": str(config.workload) if config.workload else None,
+                "neighbours": config.neighbours,
             }
         )
 

@@ -38,9 +38,9 @@ class Budget:
 
 
 BUDGETS = {
-    "smoke": Budget(processes=3, seconds=0.2, warmup_s=0.2),
-    "paper": Budget(processes=4, seconds=1.2, warmup_s=0.2, energy_s=0.4),
-    "nightly": Budget(processes=5, seconds=5.0, warmup_s=0.5, energy_s=1.0),
+    "smoke": Budget(processes=5, seconds=0.12, warmup_s=0.12),
+    "paper": Budget(processes=5, seconds=1.0, warmup_s=0.2, energy_s=0.4),
+    "nightly": Budget(processes=8, seconds=5.0, warmup_s=0.5, energy_s=1.0),
 }
 
 
@@ -76,7 +76,12 @@ class RunOptions:
     def config(self) -> WorkerConfig:
         """Of its workers."""
         return WorkerConfig(
-            cases=self.cases, device=self.device, timer=self.timer, threads=self.threads, workload=self.workload
+            cases=self.cases,
+            device=self.device,
+            timer=self.timer,
+            threads=self.threads,
+            workload=self.workload,
+            neighbours=env.others() if self.device == "cuda" else None,
         )
 
 

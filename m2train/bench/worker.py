@@ -76,6 +76,7 @@ class Server:
         self.device = torch.device(config["device"])
         self.threads = int(config["threads"])
         torch.set_num_threads(self.threads)
+        self.neighbours: int | None = config.get("neighbours")
         self.cases = Path(config["cases"])
         self.workload = Path(config["workload"]) if config.get("workload") else None
         self.specs = registry.load(self.cases, self.workload)
@@ -87,13 +88,12 @@ class Server:
         build = env.build(self.cases) | {"cases": env.digest(sorted(self.cases.glob("*.py")))}
         if self.workload is not None:
             build["workload"] = env.digest([self.workload])
-        return {"machine": env.machine(self.device), "build": build, "pid": os.getpid()}
+        return {"machine": env.machine(self.device, self.neighbours), "build": build, "pid": os.getpid()}
 
     def open(self, case: str, shape: str, dtype: str, seed: int = 0) -> dict[str, Any]:
         self.bench, self.armed = None, None
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._release()
         spec = self.specs[case]
         kind = registry.dtype_of(dtype)
         try:
@@ -124,6 +124,7 @@ class Server:
     def check(self, phase: str, impls: list[str]) -> dict[str, Any]:
         bench = self._open()
         found = {}
+        self._release()
         for name in impls:
             numerics = bench.check(name, phase)
             entry: dict[str, Any] = {"numerics": numerics.to_dict()}
@@ -133,7 +134,14 @@ class Server:
             elif self._lost():
                 return {"lost": name, "reason": f"it broke the CUDA context: {numerics.reason}"}
             found[name] = entry
+            self._release()
         return found
+
+    def _release(self) -> None:
+        """Hand cached memory back: the processes beside this one have the same GPU, and are measured next."""
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def _lost(self) -> bool:
         """Whether nothing runs on the GPU any more in this process: an illegal access is one for all who follow."""
@@ -163,6 +171,7 @@ class Server:
             torch.cuda.synchronize()
             chosen, note = make_timer("events", self.device), f"{err}: events for all that are compared with it"
             found = self._measured(chosen, phase, impls, **how)
+        self._release()
         found["note"] = "; ".join(filter(None, [found.get("note"), note]))
         return found | {"timer": chosen.name}
 
