@@ -65,7 +65,7 @@ class Padded(NamedTuple):
 
 
 class _Rows(torch.autograd.Function):
-    """Stands for the log-probs in that layout; in backward each token's gradient is picked (under 1 % of the time)."""
+    """Stands for the log-probs in that layout; backward picks each token's gradient (under 1 % of the time)."""
 
     @staticmethod
     def forward(ctx: Any, logp: torch.Tensor, rows: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

@@ -121,8 +121,8 @@ def _finish_tile(
     here = (target >= first) & (target < first + TILE)
     has_target = tl.max(here.to(tl.int32), 0) > 0
     left, own_left = _logits(
-        left, first, row, target, has_target, bias_ptr, row_temp_ptr, num_rows, num_cols, num_valid, inv_temp, softcap,
-        HALF,
+        left, first, row, target, has_target, bias_ptr, row_temp_ptr, num_rows, num_cols, num_valid, inv_temp,
+        softcap, HALF,
     )  # fmt: skip
     right, own_right = _logits(
         right, first + HALF, row, target, has_target, bias_ptr, row_temp_ptr, num_rows, num_cols, num_valid, inv_temp,

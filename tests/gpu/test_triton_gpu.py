@@ -130,8 +130,8 @@ def test_gradients_of_many_chunks_are_those_of_one(dtype):
         main_grad = torch.ones(32000, 512, device="cuda")
         seq = torch.zeros(700, dtype=torch.int32, device="cuda")
         loss = mk.linear_policy_loss(
-            *leaves, target, None, torch.ones(1, device="cuda"), seq, denom=700.0, main_grad=main_grad, grad_scale=2.0,
-            chunk_bytes=chunk_bytes,
+            *leaves, target, None, torch.ones(1, device="cuda"), seq, denom=700.0, main_grad=main_grad,
+            grad_scale=2.0, chunk_bytes=chunk_bytes,
         ).loss  # fmt: skip
         (loss * 2.0).backward()
         results.append((leaves[0].grad.float(), main_grad))
