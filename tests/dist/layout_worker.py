@@ -43,7 +43,7 @@ class Layout:
         return self.steps(variant, [make_batch(seed) for seed in range(3)], **learner)
 
     def steps(self, variant: str, batches: list[TrainBatch], **learner: Any) -> dict[str, Any]:
-        """Log-probs, losses and norms of a step per batch, and the first step's gradients under Hugging Face names."""
+        """Log-probs, losses and norms of a step per batch, and the first step's gradients by Hugging Face names."""
         trainer = self.trainer(variant, **learner)
         out: dict[str, Any] = {"initial": trainer.logprobs(batches[0])}
         grads = self.folder / f"{self.name}_{variant}_grads.safetensors"
