@@ -44,18 +44,19 @@ def dense(xs, d, plan, scale):
     group = xs[0].shape[1] // xs[1].shape[1]
     q, k, v = (x.transpose(0, 1) for x in leaves)
     k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
-    mask = visible_mask(plan)
+    mask = visible_mask(plan.to("cpu")).to(q.device)
     out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale)[0].transpose(0, 1)
     lse = (q @ k.transpose(1, 2) * scale).masked_fill(~mask, -torch.inf).logsumexp(2).t()
     return [out, lse, *torch.autograd.grad(out, leaves, d)]
 
 
 def assert_matches(xs, d, plan, backend, scale=None, device="cpu", **options):
-    """A backend on `device` against the oracle; error at most twice the yardstick's."""
+    """A backend against the oracle, all of it on `device`; error at most twice the yardstick's."""
     number = xs[0].shape[2] ** -0.5 if scale is None else scale
+    if device != "cpu":
+        xs, d, plan = [x.detach().to(device).requires_grad_() for x in xs], d.to(device), plan.to(device)
     want, plain = oracle(xs, d, plan, number), dense(xs, d, plan, number)
-    there = [x.detach().to(device).requires_grad_() for x in xs]
-    got = run(there, d.to(device), plan.to(device), backend, scale=scale, **options)
+    got = run(xs, d, plan, backend, scale=scale, **options)
     eps = EPS[xs[0].dtype]
     for name, mine, theirs, true in zip(NAMES, got, plain, want, strict=True):
         assert_kernel(name, mine, theirs, true, eps=eps)
