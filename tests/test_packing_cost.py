@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from forests import dialogues, forests, replies
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 import m2kernels as mk
@@ -91,11 +91,10 @@ def test_equal_kernels_never_lose(work, model):
 
 @given(works(), flops, costs, st.floats(1.01, 10))
 def test_a_slower_kernel_is_never_chosen_sooner(work, model, kernels, factor):
-    assume(model.pair > 0)
     slower = replace(
         kernels, tree_forward=kernels.tree_forward * factor, tree_backward=kernels.tree_backward * factor
     )
-    assert mk.choose_packing(work, model, slower).gain < mk.choose_packing(work, model, kernels).gain
+    assert mk.choose_packing(work, model, slower).gain <= mk.choose_packing(work, model, kernels).gain
 
 
 @pytest.mark.parametrize("device", ASSUMED)
