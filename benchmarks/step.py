@@ -1,7 +1,7 @@
-"""Step bench: the learner alone, on saved or synthetic rollouts and random weights of a named model shape.
+"""Step bench: the learner alone, on saved or synthetic rollouts; random weights of a model's shape, or its own.
 
     python benchmarks/step.py --model smollm2-135m --layers 4 --steps 8
-    python benchmarks/step.py --model smollm2-135m --rollouts runs/demo-0 --rollout-step 3
+    python benchmarks/step.py --weights smollm2-135m --rollouts runs/demo-0 --variants none,varlen,tree
 
 Starts the ranks with torchrun, as the trainer does, and alternates between variants step by step, so that all see the
 same machine:
@@ -11,9 +11,11 @@ same machine:
     none         one reply a micro-batch
     eager-head   tree, with all logits of a micro-batch at once and the loss on them
 
-Prints tokens/s, MFU against the GEMM rate measured on this machine, phases and peak memory of each, and an Amdahl
-table: the share of the step that an op has, times what a variant of the op gains alone, predicts what the step gains;
-the measured gain stands beside it. --mllog adds a file of `:::MLLOG` lines, an interval for each step.
+First one step of each is compared: loss, log-probs and the gradient of every tensor have to be those of `none` (or of
+the last variant) before anything is timed. Then prints tokens/s, MFU against the GEMM rate measured on this machine,
+phases and peak memory of each, and an Amdahl table: the share of the step that an op has, times what a variant of the
+op gains alone, predicts what the step gains; the measured gain stands beside it. --mllog adds a file of `:::MLLOG`
+lines, an interval for each step.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -37,6 +40,7 @@ import m2kernels as mk
 from m2train.bench import ceilings, env, shapes, stats
 from m2train.bench.mllog import MLLog
 from m2train.bench.models import model_config, write_random_model
+from m2train.bench.parity import gap, parity_table, run_step, worst
 from m2train.bench.steps import make_recipe, recorded_batch, step_flops, synthetic_batch
 
 if TYPE_CHECKING:
@@ -45,6 +49,8 @@ if TYPE_CHECKING:
 VARIANTS = ("tree", "varlen", "none", "eager-head")
 PHASES = {"forward and backward": "learner/forward_backward_s", "optimizer": "learner/optimizer_s"}
 OP_REPEATS = 5
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
+"""Of a tensor's largest gradient: far above rounding, far below a wrong row."""
 
 
 def arguments() -> argparse.Namespace:
@@ -52,6 +58,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="smollm2-135m", choices=sorted(shapes.MODELS))
     parser.add_argument("--layers", type=int, help="fewer than the model has")
+    parser.add_argument("--weights", help="train this model instead: a Hugging Face folder, or smollm2-135m")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--groups", type=int, default=4, help="of synthetic rollouts")
     parser.add_argument("--group-size", type=int, default=4)
@@ -62,6 +69,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rollout-step", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10, help="of each variant, after one that is not counted")
     parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument(
+        "--no-check", action="store_true", help="do not compare the variants (gradients are kept twice)"
+    )
     parser.add_argument("--micro-batch-tokens", type=int, default=1024)
     for name in ("tp", "pp", "dp"):
         parser.add_argument(f"--{name}", type=int, default=1)
@@ -74,6 +84,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.variants = args.variants.split(",")
+    if args.weights and args.layers:
+        parser.error("--layers makes a model with random weights; --weights names one that is there")
     alone = args.tp * args.pp * args.dp * args.threads == 1 and not torch.cuda.is_available()
     args.clock = args.clock or ("cpu" if alone else "wall")
     unknown = set(args.variants) - set(VARIANTS)
@@ -119,12 +131,19 @@ class Rank:
 
         parallel.start_process_group(1800.0)
         self.args = args
-        self.config = json.loads((folder / "config.json").read_text())
+        folder = model_folder(args, folder)
+        self.config = read_config(folder)
         self.batch = load(args, self.config["vocab_size"])
         self.tokens = sum(s.token_ids.numel() for s in self.batch.samples)
         layout = {"tp": args.tp, "pp": args.pp, "dp": args.dp, "threads": args.threads}
+        # Built for trees, which is able to do the others too; all of them are set in turn.
         recipe = make_recipe(
-            self.batch, dtype=args.dtype, lr=1e-9, micro_batch_tokens=args.micro_batch_tokens, **layout
+            self.batch,
+            dtype=args.dtype,
+            lr=1e-30,  # below the resolution of any weight: every step sees the same ones
+            micro_batch_tokens=args.micro_batch_tokens,
+            packing="tree",
+            **layout,
         )
         self.trainer = Trainer(recipe, folder)
 
@@ -156,8 +175,27 @@ class Rank:
         if result.metrics:
             found |= {phase: result.metrics[key] for phase, key in PHASES.items()}
             found["micro_batches"] = result.metrics["learner/micro_batches"]
+            found["unique_tokens"] = result.metrics["learner/unique_tokens"]
             found["packing_efficiency"] = result.metrics["learner/packing_efficiency"]
         return found
+
+    def parity(self) -> dict[str, Any]:
+        """Each variant's first step against that of `none`, or of the last one; the worst of all ranks."""
+        from torch import distributed as dist
+
+        base = "none" if "none" in self.args.variants else self.args.variants[-1]
+        with self.variant(base):
+            wanted = run_step(self.trainer, self.batch)
+        found: dict[str, Any] = {}
+        for name in self.args.variants:
+            if name == base:
+                continue
+            with self.variant(name):
+                mine = gap(run_step(self.trainer, self.batch), wanted)
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, mine)
+            found[name] = asdict(worst(gathered))
+        return {"base": base, "loss": wanted.loss, "largest_grad": wanted.largest_grad, "gaps": found}
 
     def op_seconds(self) -> dict[str, float]:
         """Seconds a step that head and loss take alone, forward and backward, over the micro-batches of rank 0."""
@@ -198,6 +236,22 @@ class Rank:
             for name, seconds in found.items():
                 total[name] += median(seconds[1:])
         return total
+
+
+def model_folder(args: argparse.Namespace, scratch: Path) -> Path:
+    """Where the model is: one with weights of its own, or the random one in the scratch folder."""
+    if args.weights is None:
+        return scratch
+    from m2train.models import resolve_model
+
+    return resolve_model(args.weights)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model's config.json."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    return config
 
 
 def now(clock: str) -> float:
@@ -242,6 +296,9 @@ def rank_main(args: argparse.Namespace) -> None:
     first = dist.get_rank() == 0
     log = MLLog(args.mllog if first else None)
     log.event("submission_benchmark", f"{args.model} step")
+    parity = None if args.no_check or len(args.variants) < 2 else rank.parity()
+    if parity is not None and any(one["relative"] > TOLERANCE[args.dtype] for one in parity["gaps"].values()):
+        raise SystemExit(f"variants do not compute the same step, so none is timed: {parity}")
     for number in range(args.steps + 1):
         order = args.variants if number % 2 else args.variants[::-1]
         for name in order:
@@ -254,9 +311,9 @@ def rank_main(args: argparse.Namespace) -> None:
             one = gathered[0] | {k: max(g[k] for g in gathered) for k in ("seconds", "peak_bytes")}
             if number:
                 found[name].append(one)
-    ops = rank.op_seconds() if first else {}
+    ops = rank.op_seconds() if first and {"tree", "eager-head"} <= set(args.variants) else {}
     if first:
-        (args.worker / "result.json").write_text(json.dumps({"steps": found, "ops": ops}))
+        (args.worker / "result.json").write_text(json.dumps({"steps": found, "ops": ops, "parity": parity}))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -287,21 +344,24 @@ def main() -> None:
         rank_main(args)
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = model_config(args.model, layers=args.layers)
     with tempfile.TemporaryDirectory(prefix="m2bench-step-") as scratch:
-        folder = write_random_model(Path(scratch), config, args.dtype)
+        folder = Path(scratch)
+        if args.weights is None:
+            write_random_model(folder, model_config(args.model, layers=args.layers), args.dtype)
+        config = read_config(model_folder(args, folder))
         found = measure(args, folder)
     best = ceilings.measure(device, args.threads, 0.3)
     peak_rate = best["bf16" if args.dtype == "bfloat16" else "fp32"] * args.tp * args.pp * args.dp
     batch = load(args, config["vocab_size"])
     tokens, flops = sum(s.token_ids.numel() for s in batch.samples), step_flops(config, batch)
     result = {
-        "model": args.model,
+        "model": args.weights or args.model,
         "layers": config["num_hidden_layers"],
         "dtype": args.dtype,
         "ranks": {"tp": args.tp, "pp": args.pp, "dp": args.dp, "threads": args.threads},
         "clock": args.clock,
         "batch": {"replies": len(batch.samples), "tokens": tokens, "flops": flops},
+        "rollouts": {"name": args.rollouts.name, "step": args.rollout_step} if args.rollouts else None,
         "peak_flops": peak_rate,
         "machine": env.machine(device),
         "build": env.build(Path(__file__).parent),
@@ -315,14 +375,14 @@ def main() -> None:
 
 def render(result: dict[str, Any], tokens: int, flops: float, peak_rate: float) -> str:
     """The tables."""
-    b = result["batch"]
+    b, first = result["batch"], next(iter(result["steps"]))
     lines = [
         f"{result['model']}, {result['layers']} layers, {result['dtype']}, {result['ranks']}",
         f"{b['replies']} replies, {tokens} tokens, {flops:.3g} FLOPs a step; "
         f"GEMM rate of this machine {peak_rate:.3g} FLOP/s; clock: {result['clock']} time, phases: wall",
         "",
         f"{'variant':<11} {'step s [95 %]':<24} {'tokens/s':>9} {'MFU %':>6} {'fwd+bwd s':>9} {'optim. s':>8} "
-        f"{'peak MiB':>8} {'micro-b.':>8} {'fill %':>6}",
+        f"{'peak MiB':>8} {'computed':>8} {'micro-b.':>8} {'fill %':>6} time / {first}'s [95 %]",
     ]
     for name, steps in result["steps"].items():
         seconds = [s["seconds"] for s in steps]
@@ -332,10 +392,22 @@ def render(result: dict[str, Any], tokens: int, flops: float, peak_rate: float) 
         lines.append(
             f"{name:<11} {f'{middle:.3f} [{low:.3f}, {high:.3f}]':<24} {tokens / middle:>9.0f} "
             f"{100 * flops / middle / peak_rate:>6.1f} {phase[0]:>9.3f} {phase[1]:>8.3f} "
-            f"{max(s['peak_bytes'] for s in steps) / 2**20:>8.0f} {steps[0]['micro_batches']:>8.0f} "
-            f"{100 * steps[0]['packing_efficiency']:>6.1f}"
+            f"{max(s['peak_bytes'] for s in steps) / 2**20:>8.0f} {steps[0]['unique_tokens']:>8.0f} "
+            f"{steps[0]['micro_batches']:>8.0f} {100 * steps[0]['packing_efficiency']:>6.1f} "
+            f"{against(result['steps'], name)}"
         )
+    lines += ["", *parity_table(result["parity"])]
     return "\n".join([*lines, "", *amdahl(result["steps"], result["ops"])])
+
+
+def against(steps: dict[str, list[dict[str, float]]], name: str) -> str:
+    """How many times the first variant's time one takes; rounds are paired."""
+    first = next(iter(steps))
+    if name == first:
+        return ""
+    mine, theirs = ([s["seconds"] for s in steps[which]] for which in (name, first))
+    value, low, high = stats.bootstrap_ratio([mine], [theirs])
+    return f"x{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def amdahl(steps: dict[str, list[dict[str, float]]], ops: dict[str, float]) -> Sequence[str]:

@@ -124,7 +124,8 @@ class LearnerConfig(Section):
     micro_batch_tokens: int = Field(8192, ge=16)
     """Cap on the packed tokens of a micro-batch; shared ones count once under `packing = "tree"`."""
     micro_batches: int | None = Field(None, ge=1)
-    """Micro-batches per data-parallel rank and optimizer step; None: as few as the cap allows."""
+    """Micro-batches per data-parallel rank and optimizer step; None: as few as the cap allows. A pipeline
+    idles for (pp - 1) / micro-batches of the time: with pp > 1 several times pp are worth what they repeat."""
     recompute: bool = False
     overlap: bool = False
     """Gradients are reduced while the backward runs, weights gathered while the next forward does (dp > 1)."""

@@ -25,22 +25,32 @@ def tiny(tmp_path):
 def test_the_project_has_its_cases():
     specs = registry.load(ROOT / "benchmarks")
     names = {"policy_loss", "group_advantage", "packer", "lm_head", "weight_sync", "learner_step"}
+    names |= {"tree_plan", "tree_micro_batches", "tree_attention"}
     assert names <= specs.keys()
     for spec in specs.values():
         assert spec.doc and spec.smoke and set(spec.smoke) <= set(spec.shapes)
 
 
-SMALL = {"policy_loss": "2k", "group_advantage": "128", "packer": "256x8", "lm_head": "smollm2-135m-128-50pct"}
+SMALL = {
+    "policy_loss": ("2k", "fwd"),
+    "group_advantage": ("128", "fwd"),
+    "packer": ("256x8", "fwd"),
+    "lm_head": ("smollm2-135m-128-50pct", "fwd"),
+    "tree_plan": ("8x6-44k", "fwd"),
+    "tree_micro_batches": ("8x6-44k", "fwd"),
+    "tree_attention": ("4x3-2k", "both"),
+}
 
 
-@pytest.mark.parametrize(("name", "shape"), SMALL.items())
-def test_cases_are_right_at_a_small_shape(name, shape):
+@pytest.mark.parametrize("name", SMALL)
+def test_cases_are_right_at_a_small_shape(name):
     """Each of our implementations passes its check: a case that refuses everything would time nothing."""
     from m2train.bench.check import Checker
 
+    shape, phase = SMALL[name]
     spec = registry.load(ROOT / "benchmarks")[name]
     made = [spec.make(shape, spec.dtypes[0], CPU, seed=seed) for seed in (0, 1)]
-    checker = Checker(made[0], made[1], "fwd")
+    checker = Checker(made[0], made[1], phase)
     ours = [n for n in made[0].ours if callable(made[0].impls.get(n))]
     assert ours
     for impl in [*ours, made[0].baseline]:

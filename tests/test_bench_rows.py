@@ -31,9 +31,7 @@ def test_round_trip(tmp_path):
 )
 def test_rows_of_another_version_are_refused(tmp_path, change):
     path = tmp_path / "x.jsonl"
-    path.write_text(
-        make_row().to_json() + "\n\n" + json.dumps(json.loads(make_row().to_json()) | change)
-    )
+    path.write_text(make_row().to_json() + "\n\n" + json.dumps(json.loads(make_row().to_json()) | change))
     with pytest.raises(ValueError, match=r"x\.jsonl:3 is not a row of this version"):
         row_files.read_rows([path])
 

@@ -164,6 +164,12 @@ def test_ranks_split_a_group_rather_than_idle() -> None:
     assert plan.tokens == [[210], [210]] and plan.input_tokens == 8 * 90
 
 
+def test_the_number_of_micro_batches_that_was_asked_for_is_not_met_by_empty_ones() -> None:
+    batch = batch_of([list(range(100, 150)) + [i] * 40 for i in range(8)])
+    plan = plan_step(batch, make_recipe(micro_batches=4, micro_batch_tokens=1024), COSTS)
+    assert [len(one) for one in plan.members[0]] == [2, 2, 2, 2]
+
+
 def test_a_reply_over_the_row_cap_is_named() -> None:
     batch = batch_of([list(range(40))])
     recipe = make_recipe()

@@ -47,6 +47,7 @@ PEERS: dict[str, Peer] = {
     "cce": Peer(module="cut_cross_entropy", distribution="cut-cross-entropy", pin="25.1.1"),
     "quack": Peer(module="quack", distribution="quack-kernels", pin="0.6.5"),
     "verl": Peer(module="verl", distribution="verl", pin="0.9.1"),
+    "verl-balance": Peer(module="verl", distribution="verl", pin="0.9.1", needs_gpu=False),
     "trl": Peer(module="trl", distribution="trl", pin="1.16.0", needs_gpu=False),
     "flash-attn": Peer(module="flash_attn", how="no wheel on PyPI: build flash-attn 2 from source"),
     "fa3": Peer(module="flash_attn_interface", how="no wheel on PyPI: build flash-attention/hopper from source"),

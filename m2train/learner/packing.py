@@ -266,10 +266,12 @@ def _best_bins(
     """
     dp = recipe.learner.dp
     even = prefixes.plan.num_rows / num
+    # A number that was asked for (to fill a pipeline, to save memory) is not met by empty micro-batches.
+    fewest = min(num, len(prefixes.rows)) if recipe.learner.micro_batches is not None else 1
     best, best_cost = None, float("inf")
     for size in dict.fromkeys(min(limit.tokens, even * share) for share in (float("inf"), 1.5, 1.0, 0.5, 0.25, 0.0)):
         units = prefixes.units(Limit(size, limit.rows))
-        bins = _fill(prefixes, units, num, limit, costs)
+        bins = _fill(prefixes, units, num, limit, costs) if len(units) >= fewest else None
         if bins is None:
             continue
         cost = sum(sorted((_cost(prefixes, one, costs) for one in bins), reverse=True)[::dp])

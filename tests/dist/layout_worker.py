@@ -16,6 +16,7 @@ from learner_models import OVERLAPPED, VARIANTS, make_batch, make_recipe
 from megatron.core import parallel_state
 from torch import distributed as dist
 
+from m2train.bench.parity import captured
 from m2train.learner import optimizer_fixes
 from m2train.learner import trainer as trainer_module
 from m2train.learner.batch import TrainBatch
@@ -42,21 +43,14 @@ class Layout:
         return self.steps(variant, [make_batch(seed) for seed in range(3)], **learner)
 
     def steps(self, variant: str, batches: list[TrainBatch], **learner: Any) -> dict[str, Any]:
-        """Log-probs, losses and norms of a step per batch, and the first step's gradients under Hugging Face names."""
+        """Log-probs, losses and norms of a step per batch, and the first step's gradients by Hugging Face names."""
         trainer = self.trainer(variant, **learner)
         out: dict[str, Any] = {"initial": trainer.logprobs(batches[0])}
         grads = self.folder / f"{self.name}_{variant}_grads.safetensors"
-        step = trainer.optimizer.step
-
-        def keep_gradients() -> Any:
-            if trainer.update == 0:
-                gather_gradient_shards(trainer)
-                main = {name: p.main_grad for name, p in trainer.parameters().items()}
-                export_weights(trainer.hf, main, grads, torch.float32)
-            return step()
-
-        trainer.optimizer.step = keep_gradients
-        results = [trainer.train_step(batch) for batch in batches]
+        with captured(trainer) as found:
+            results = [trainer.train_step(batches[0])]
+        export_weights(trainer.hf, found, grads, torch.float32)
+        results += [trainer.train_step(batch) for batch in batches[1:]]
         out["logp"] = [r.logp for r in results]
         out["metrics"] = [r.metrics for r in results]
         out["final"] = trainer.logprobs(batches[0])
@@ -94,19 +88,6 @@ class Layout:
         path = self.folder / f"{self.name}_{variant}_export.safetensors"
         self.trainer(variant, dtype=dtype).export(path, dtype)
         return path
-
-
-def gather_gradient_shards(trainer: Trainer) -> None:
-    """Under the distributed optimizer each DP rank holds its shard of the summed gradients: fill in the others."""
-    group = parallel_state.get_data_parallel_group()
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    if size == 1:
-        return
-    for buffer in trainer.ddp.buffers:
-        for bucket in buffer.buckets:
-            parts = list(bucket.grad_data.chunk(size))
-            mine = parts[rank].clone()
-            dist.all_gather(parts, mine, group=group)
 
 
 def resumed(layout: Layout, checkpoint: Path) -> dict[str, Any]:

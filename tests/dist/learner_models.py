@@ -87,8 +87,8 @@ def make_batch(seed: int = 0, num: int = 12, *, old: bool = True) -> TrainBatch:
 
 
 def make_tree_batch(seed: int = 0, *, old: bool = True) -> TrainBatch:
-    """Eight replies to three contexts behind one system prompt, two of them slices of one dialogue. Some replies begin
-    alike, two are equal, one is how another begins."""
+    """Eight replies to three contexts behind one system prompt, two of them slices of one dialogue; some begin alike,
+    two are equal, one is how another begins."""
     g = torch.Generator().manual_seed(seed)
 
     def ids(count: int) -> list[int]:
