@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 
@@ -20,6 +21,8 @@ from m2train.learner.grouping import Limit, SharedPrefixes, Unit
 from m2train.learner.hf_config import HfModel
 
 _WAYS = ("tree", "varlen")
+Packed: TypeAlias = tuple[list[list[list[int]]], list[list[int]], int]
+"""What plan_micro_batches returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +105,7 @@ def plan_step(batch: TrainBatch, recipe: Recipe, costs: Costs, rank: int = 0, mu
         ConfigError: `learner.micro_batches` is too small for the caps, or a sample exceeds one.
     """
     started = time.perf_counter()
-    recipe, choice = choose_packing(batch.samples, recipe, costs, multiple)
-    members, tokens, _ = plan_micro_batches(batch.samples, recipe, costs, multiple)
+    recipe, choice, (members, tokens, _) = choose_packing(batch.samples, recipe, costs, multiple)
     shared = recipe.learner.packing == "tree"
     forests = []
     for one, rows in zip(members[rank], tokens[rank], strict=True):
@@ -122,16 +124,17 @@ def plan_step(batch: TrainBatch, recipe: Recipe, costs: Costs, rank: int = 0, mu
 
 def choose_packing(
     samples: Sequence[Sample], recipe: Recipe, costs: Costs, multiple: int = 1
-) -> tuple[Recipe, mk.PackingChoice | None]:
-    """The recipe with `packing = "auto"` decided for this batch, and why; as it is, and None, if it says another.
+) -> tuple[Recipe, mk.PackingChoice | None, Packed]:
+    """The recipe with `packing = "auto"` decided for this batch, why (None if nothing was to decide), and the result.
 
     Every rank decides the same: the costs are given, not measured.
     """
     learner = recipe.learner
     if learner.packing != "auto":
-        return recipe, None
+        return recipe, None, plan_micro_batches(samples, recipe, costs, multiple)
     ways = {way: recipe.model_copy(update={"learner": learner.model_copy(update={"packing": way})}) for way in _WAYS}
-    _, tokens, pairs = plan_micro_batches(samples, ways["tree"], costs, multiple)
+    forest = plan_micro_batches(samples, ways["tree"], costs, multiple)
+    _, tokens, pairs = forest
     lengths = [s.token_ids.numel() for s in samples]
     work = mk.PackingWork(
         tree_tokens=sum(size for rank in tokens for size in rank),
@@ -143,12 +146,12 @@ def choose_packing(
     flops = mk.ModelFlops(token=1.0, pair=costs.pair, row=costs.row)
     kernels = ASSUMED["cuda" if torch.cuda.is_available() else "cpu"]
     choice = mk.choose_packing(work, flops, kernels, recompute=learner.recompute)
-    if choice.packing == "varlen" and learner.micro_batches is not None:
+    if choice.packing == "varlen":
         try:
-            plan_micro_batches(samples, ways["varlen"], costs, multiple)
-        except ConfigError as err:
-            return ways["tree"], replace(choice, packing="tree", reason=f"tree, for as varlen {err}; {choice.reason}")
-    return ways[choice.packing], choice
+            return ways["varlen"], choice, plan_micro_batches(samples, ways["varlen"], costs, multiple)
+        except ConfigError as err:  # more tokens than the recipe's micro-batches have room for
+            choice = replace(choice, packing="tree", reason=f"tree, for as varlen {err}; {choice.reason}")
+    return ways["tree"], choice, forest
 
 
 def plan_forest(samples: Sequence[Sample], shared: bool, pad: int = 0) -> mk.TreePlan:
@@ -185,9 +188,7 @@ def build_micro_batch(
 # ------------------------------------------------------------------------------------------------- which go together
 
 
-def plan_micro_batches(
-    samples: Sequence[Sample], recipe: Recipe, costs: Costs, multiple: int = 1
-) -> tuple[list[list[list[int]]], list[list[int]], int]:
+def plan_micro_batches(samples: Sequence[Sample], recipe: Recipe, costs: Costs, multiple: int = 1) -> Packed:
     """`members[dp rank][micro-batch]`, the tokens of each, and the visible pairs of all; bins of similar cost run at
     the same time.
 
