@@ -210,6 +210,9 @@ def tree_micro_batches(s: Setup) -> Case:
     """A step's samples into micro-batches of equal cost."""
     if s.device.type != "cpu":
         raise Skip("packing runs on the host: --device cpu measures it")
+    for package in ("pydantic", "safetensors"):
+        if importlib.util.find_spec(package) is None:
+            raise Skip(f"{package} is not installed (pip install 'm2train[learner]')")
     from m2train.bench.steps import make_recipe
     from m2train.learner.batch import Sample, TrainBatch
     from m2train.learner.packing import Costs, plan_micro_batches
@@ -233,7 +236,7 @@ def tree_micro_batches(s: Setup) -> Case:
     )
 
     def m2(sequences: Sequences, bins: int) -> list[list[int]]:
-        members, _ = plan_micro_batches(batch_of(sequences).samples, recipe, costs)
+        members, _, _ = plan_micro_batches(batch_of(sequences).samples, recipe, costs)
         return members[0]
 
     def plain(sequences: Sequences, bins: int) -> list[list[int]]:
