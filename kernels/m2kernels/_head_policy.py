@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from m2kernels._head import Chunk, Head, HeadGrads, HeadProblem, live_rows
+from m2kernels._head import Chunk, Head, HeadGrads, HeadProblem
+from m2kernels._live_rows import LiveRows
 from m2kernels._policy_grads import PolicyTerms
 from m2kernels.linear_logprob import head_backward, row_stats
 
@@ -98,14 +99,15 @@ def _one_chunk(
     rows, kept = head.statistics(chunk, entropy=True, keep=True)
     assert rows.entropy is not None
     upstream = terms.gradients(rows.logp, rows.entropy)
-    live = live_rows(upstream)
-    whole = live.numel() == len(rows.logp)
-    if whole:
-        grads.add(head.kernels.grad_rows(kept, chunk.settings, rows, upstream, None), chunk.hidden, chunk.positions)
-    elif live.numel():
-        dz = head.kernels.grad_rows(kept, chunk.settings, rows, upstream, live)
-        at = chunk.positions
-        grads.add(dz, chunk.hidden.index_select(0, live), live + start if isinstance(at, slice) else at[live])
+    live = LiveRows(upstream)
+    if live.known_empty():
+        return rows.logp, rows.entropy
+    dz = head.kernels.grad_rows(kept, chunk.settings, rows, upstream, live)
+    part, at = live.part(), chunk.positions
+    if part is None:
+        grads.add(dz, chunk.hidden, at)
+    elif part.numel():
+        grads.add(dz, chunk.hidden.index_select(0, part), part + start if isinstance(at, slice) else at[part])
     return rows.logp, rows.entropy
 
 

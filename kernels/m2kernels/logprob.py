@@ -11,10 +11,11 @@ from torch import distributed as dist
 
 from m2kernels._backend import choose_backend
 from m2kernels._check import INTEGERS, check_device, check_dtype, check_vector
-from m2kernels._head import HEAD_BACKENDS, VocabGroup, head_kernels, head_reason
+from m2kernels._head import HEAD_BACKENDS, head_kernels, head_reason
 from m2kernels._head_check import FLOATS, check_ids, check_temperature, group_name
 from m2kernels._head_kernels import HeadSettings, RowStats, Upstream
 from m2kernels._triton import triton_logits_reason
+from m2kernels._vocab_group import VocabGroup
 from m2kernels.linear_logprob import LogProb
 
 _OP = "logprob"
