@@ -163,8 +163,9 @@ class HeadKernels:
         part = None if live is None else live.part()
         if part is None:
             return dz
-        if dz.is_cuda:
-            return dz.index_select(0, part)
+        if dz.is_cuda:  # with the room behind its rows: cuBLAS is slow where they are not aligned
+            picked = dz.new_empty(part.numel(), max(dz.stride(0), dz.shape[1]))[:, : dz.shape[1]]
+            return torch.index_select(dz, 0, part, out=picked)
         for to, row in enumerate(part.tolist()):
             if to != row:
                 dz[to].copy_(dz[row])

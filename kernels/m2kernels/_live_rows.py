@@ -19,10 +19,11 @@ class HostCount:
         self._event: torch.cuda.Event | None = None
         self._value = value
         if value.is_cuda:
-            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
-            self._value.copy_(value, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(value.device))
+            with torch.cuda.device(value.device):  # or pinning makes a context on another device
+                self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+                self._value.copy_(value, non_blocking=True)
+                self._event = torch.cuda.Event()
+                self._event.record()
 
     def get(self) -> int:
         """The number."""

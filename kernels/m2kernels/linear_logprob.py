@@ -196,7 +196,8 @@ def linear_logprob(
             sequence-parallel gather does it anyway (Megatron's convention).
         weight: [V, D], or this rank's [V/tp, D] (widths may differ). Frozen, it costs no dW. GEMMs
             run in the wider dtype of the two, or in autocast's; dW is summed in float32.
-        target: int32 or int64 [M], global ids. Out of range: ValueError on CPU, -inf elsewhere.
+        target: int32 or int64 [M], global ids. Out of range: ValueError on CPU, -inf elsewhere. No id
+            is ignored (labels with -100: rows = (labels != -100).nonzero()[:, 0], target = labels[rows]).
         rows: int32 or int64 [M], rows of hidden, in any order and repeated at will; only these are
             read. None: all rows, M = N.
         bias: [V or V/tp] or None.
