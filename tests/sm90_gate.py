@@ -190,7 +190,7 @@ def odd_cases() -> Iterator[Case]:
         yield Case(f"head_merge{tag}", head.merge_launch(TileStats(_meta(rows), *fields), _meta(4, rows)))
         yield from (case for case in policy_cases(size[0], min(size), tag) if " k" not in case.name)
         rewards, flags, group = _meta(rows), _meta(rows, dtype=torch.bool), _meta(rows, dtype=torch.int64)
-        launch = group_advantage.advantage_launch(rewards, group, flags, rewards, True, True, 1e-6)
+        launch = group_advantage.advantage_launch(rewards, rewards, group, flags, True, True, 1e-6)
         yield Case(f"group_advantage{tag}", launch)
 
 
@@ -220,7 +220,7 @@ def advantage_cases() -> Iterator[Case]:
     rows, flags = _meta(4096), _meta(4096, dtype=torch.bool)
     for divide in (False, True):
         group = _meta(4096, dtype=torch.int64 if divide else torch.int32)
-        launch = group_advantage.advantage_launch(rows, group, flags if divide else None, rows, divide, divide, 1e-6)
+        launch = group_advantage.advantage_launch(rows, rows, group, flags if divide else None, divide, divide, 1e-6)
         yield Case("group_advantage" + " loo std valid" * divide, launch)
 
 

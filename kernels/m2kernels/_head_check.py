@@ -61,8 +61,8 @@ def _check_tensors(
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if hasattr(tensor, "full_tensor"):
             raise ValueError(
-                f"{op}: {name} is a {type(tensor).__name__}; expected a plain tensor; pass its .full_tensor(), or its "
-                ".to_local() where that is a vocabulary shard, with tp_group and vocab_start"
+                f"{op}: {name} is a {type(tensor).__name__}; expected a plain tensor; pass its .full_tensor(), or "
+                "its .to_local() where that is a vocabulary shard, with tp_group and vocab_start"
             )
         if tensor.dim() != 2:
             hint = "; flatten it: .flatten(0, -2)" if tensor.dim() > 2 else ""
