@@ -191,7 +191,7 @@ class HeadKernels:
         if total.dtype == dz.dtype:
             total.addmm_(dz.t(), hidden, beta=0.0 if first else 1.0, alpha=scale)
             return
-        if dz.is_cuda:  # the product is never rounded, and the sum is the GEMM's own: no pass over it
+        if dz.is_cuda:  # never rounded, and the sum is the GEMM's own: no pass over it (torch 2.10 and later)
             if first:
                 torch.mm(dz.t(), hidden, out_dtype=torch.float32, out=total)
             else:
