@@ -328,7 +328,7 @@ def test_one_file_without_network(finished: Path) -> None:
                 assert value is not None and value.startswith("#"), (tag, value)
     style_and_script = "".join(
         (Path(__file__).parent.parent / "m2train" / "report" / name).read_text(encoding="ascii")
-        for name in ("style.css", "app.js", "template.html", "charts.html", "compare.html")
+        for name in ("style.css", "app.js", "base.html", "report.html", "charts.html", "compare.html")
     )
     for word in (
         "http://",
