@@ -113,7 +113,9 @@ def _fit(packed: list[tuple[dict[str, Any], list[tuple[dict[str, Any], int]]]], 
     return shown
 
 
-def _pack_step(kind: str, record: StepRollouts, scoring: Any) -> tuple[dict[str, Any], list[tuple[dict[str, Any], int]]]:
+def _pack_step(
+    kind: str, record: StepRollouts, scoring: Any
+) -> tuple[dict[str, Any], list[tuple[dict[str, Any], int]]]:
     dialogues = {dialogue.uid: dialogue for dialogue in record.dialogues}
     step: dict[str, Any] = {
         "kind": kind,
