@@ -81,6 +81,7 @@ class Result:
     shared: int
     wgmma: int
     tma: int
+    scratch: int
 
 
 def _tool(name: str) -> str:
@@ -109,6 +110,7 @@ def compile_case(case: Case) -> Result:
         shared=compiled.metadata.shared,
         wgmma=len(re.findall(r"\bHGMMA\b", sass)),
         tma=len(re.findall(r"\bUTMA(?:LDG|STG)\b", sass)),
+        scratch=compiled.metadata.global_scratch_size,
     )
 
 
@@ -119,6 +121,8 @@ def breaches(case: Case, got: Result) -> list[str]:
         wrong.append(f"registers spill: {got.stack} B of stack, {got.local} accesses to local memory")
     if got.shared > MAX_SHARED:
         wrong.append(f"{got.shared} B of shared memory; a block can have {MAX_SHARED}")
+    if got.scratch:
+        wrong.append(f"{got.scratch} B of global scratch; a launch would ask for triton.set_allocator")
     if case.gemm and not got.wgmma:
         wrong.append("no wgmma")
     if case.gemm and not got.tma:
@@ -138,19 +142,27 @@ def _head_settings(dtype: torch.dtype, rows: int, vocab: int, extras: bool) -> H
     return HeadSettings(target=target, bias=bias, inv_temperature=_meta(rows), softcap=30.0, num_valid=vocab - 7)
 
 
-def head_forward(dtype: torch.dtype, entropy: bool, keep: bool, extras: bool) -> Launch:
-    """The forward GEMM at a real shape."""
-    rows, dim, vocab = 4096, 5120, 152064
+REAL = (4096, 152064)
+ODD = ((1, 152064), (4093, 50257), (17, 1))
+"""Rows and ids: Triton compiles anew for an integer of 1, and for one that 16 does not divide."""
+
+
+def head_forward(dtype: torch.dtype, entropy: bool, keep: bool, extras: bool, size: tuple[int, int] = REAL) -> Launch:
+    """The forward GEMM; E has rows of whole 128 bytes, as the op makes it."""
+    rows, vocab = size
+    dim = 5120
     hidden, weight = _meta(rows, dim, dtype=dtype), _meta(vocab, dim, dtype=dtype)
     settings = _head_settings(dtype, rows, vocab, extras)
     stats = head._new_statistics(hidden, rows, vocab, entropy)
-    scratch = _meta(rows, vocab, dtype=dtype) if keep else None
+    scratch = _meta(rows, -(-vocab // 64) * 64, dtype=dtype)[:, :vocab] if keep else None
     return head.forward_launch(hidden, weight, settings, stats, scratch, NUM_SMS)
 
 
-def head_rows(dtype: torch.dtype, entropy: bool, kept: bool, extras: bool, grad: bool) -> Launch:
+def head_rows(
+    dtype: torch.dtype, entropy: bool, kept: bool, extras: bool, grad: bool, size: tuple[int, int] = REAL
+) -> Launch:
     """The row kernels on E, or on logits."""
-    rows, vocab = 4096, 152064
+    rows, vocab = size
     matrix = _meta(rows, vocab, dtype=dtype)
     settings = _head_settings(dtype, rows, vocab, extras)
     stats = head._new_statistics(matrix, rows, vocab, entropy)
@@ -162,9 +174,28 @@ def head_rows(dtype: torch.dtype, entropy: bool, kept: bool, extras: bool, grad:
     return head.grad_launch(matrix, matrix, settings, anchor, row, upstream)
 
 
-def policy_cases() -> Iterator[Case]:
+def odd_cases() -> Iterator[Case]:
+    """Sizes of 1 and such as 16 does not divide, with all options: other code than that of the real shapes."""
+    for size in ODD:
+        tag = " {}x{}".format(*size)
+        for dtype in (torch.bfloat16, torch.float32):
+            short = str(dtype).removeprefix("torch.")
+            extras = size[1] > 7
+            yield Case(f"head_forward {short} keep{tag}", head_forward(dtype, True, True, extras, size), gemm=True)
+            yield Case(f"head_backward {short}{tag}", head_rows(dtype, True, True, extras, True, size))
+            yield Case(f"logits_forward {short}{tag}", head_rows(dtype, True, False, extras, False, size))
+            yield Case(f"logits_backward {short}{tag}", head_rows(dtype, True, False, extras, True, size))
+        rows, tiles = size[0], -(-size[1] // head.TILE)
+        fields = [_meta(tiles, rows).t() for _ in range(3)]
+        yield Case(f"head_merge{tag}", head.merge_launch(TileStats(_meta(rows), *fields), _meta(4, rows)))
+        yield from (case for case in policy_cases(size[0], min(size), tag) if " k" not in case.name)
+        rewards, flags, group = _meta(rows), _meta(rows, dtype=torch.bool), _meta(rows, dtype=torch.int64)
+        launch = group_advantage.advantage_launch(rewards, rewards, group, flags, True, True, 1e-6)
+        yield Case(f"group_advantage{tag}", launch)
+
+
+def policy_cases(tokens: int = 32768, sequences: int = 4096, tag: str = "") -> Iterator[Case]:
     """The policy loss: every kind with every kl, with nothing optional and with everything."""
-    tokens, sequences = 32768, 4096
     for kind, kl in itertools.product(range(len(KINDS)), range(len(KLS))):
         for full in (False, True):
             if not full and kl:
@@ -179,9 +210,9 @@ def policy_cases() -> Iterator[Case]:
             for launch in launches:
                 if launch.kernel is policy_loss.kernels.token_kernel or (full and kl == 0):
                     name = launch.kernel.__name__.removesuffix("_kernel")
-                    yield Case(f"policy_loss {name} {KINDS[kind]} {KLS[kl]}" + " options" * full, launch)
+                    yield Case(f"policy_loss {name} {KINDS[kind]} {KLS[kl]}" + " options" * full + tag, launch)
     halves = (_meta(tokens), _meta(tokens))
-    yield Case("policy_loss scale", policy_loss.scale_launch(_meta(), halves, halves))
+    yield Case("policy_loss scale" + tag, policy_loss.scale_launch(_meta(), halves, halves))
 
 
 def advantage_cases() -> Iterator[Case]:
@@ -189,7 +220,7 @@ def advantage_cases() -> Iterator[Case]:
     rows, flags = _meta(4096), _meta(4096, dtype=torch.bool)
     for divide in (False, True):
         group = _meta(4096, dtype=torch.int64 if divide else torch.int32)
-        launch = group_advantage.advantage_launch(rows, group, flags if divide else None, rows, divide, divide, 1e-6)
+        launch = group_advantage.advantage_launch(rows, rows, group, flags if divide else None, divide, divide, 1e-6)
         yield Case("group_advantage" + " loo std valid" * divide, launch)
 
 
@@ -236,6 +267,7 @@ def cases() -> Iterator[Case]:
     """Every kernel in every shipped configuration."""
     yield from advantage_cases()
     yield from policy_cases()
+    yield from odd_cases()
     yield from merge_cases()
     yield from tree_cases()
     for dtype in head.GEMM_CONFIGS:

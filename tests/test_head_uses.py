@@ -107,7 +107,7 @@ def test_no_second_derivative():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden": torch.zeros(3, 16, 1)}, "hidden has shape"),
+        ({"hidden": torch.zeros(3, 16, 1)}, r"hidden has shape .*; flatten it: .flatten\(0, -2\)"),
         ({"weight": torch.zeros(300, 17)}, "hidden has 16 columns, weight 17"),
         ({"weight": torch.zeros(300, 16).double()}, "weight is float64; expected float32"),
         ({"target": torch.zeros(36, dtype=torch.int64)}, r"target has shape \[36\]; expected shape \[37\]"),
@@ -131,3 +131,19 @@ def test_wrong_arguments(change, message):
     arguments = {"hidden": case.hidden, "weight": case.weight, "target": case.target, **case.options, **change}
     with pytest.raises(ValueError, match=message):
         mk.linear_logprob(**arguments)
+
+
+def test_a_sharded_parameter_is_refused():
+    """FSDP2's parameter outside of its module's forward."""
+    from torch import distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    case = make_case()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(case.weight, init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(ValueError, match="weight is a DTensor; expected a plain tensor; pass its .full_tensor"):
+            mk.linear_logprob(case.hidden, weight, case.target, **case.options)
+    finally:
+        dist.destroy_process_group()

@@ -330,3 +330,20 @@ def test_explicit_backend_says_why_it_cannot_run():
     for backend, reason in itertools.product(["cuda"], ["logp is on cpu"]):
         with pytest.raises(ValueError, match=f"{backend}.*{reason}"):
             mk.policy_loss(**arguments, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("spec", [mk.LossSpec(dual_clip=1.5), mk.LossSpec(kind="cispo", tis_cap=1.1)], ids=ids)
+def test_a_mean_over_sequences_of_token_means(backend, spec):
+    """As the docstring says: advantages over lengths, divided by the number of sequences."""
+    case = for_spec(make_case([5, 90, 7, 33], masked=0.0), spec)
+    lengths = torch.bincount(case["seq"])
+    means = []
+    for s, advantage in enumerate(case["advantage"]):
+        tokens = case["seq"] == s
+        one = {k: v[tokens] if isinstance(v, torch.Tensor) and k != "advantage" else v for k, v in case.items()}
+        one |= {"advantage": advantage[None], "seq": torch.zeros(len(one["seq"]), dtype=torch.int64)}
+        means.append(run(one, spec, float(lengths[s]), backend=backend)[0])
+    case["advantage"] = case["advantage"] / lengths
+    got = run(case, spec, 4.0, backend=backend)[0]
+    torch.testing.assert_close(got, torch.stack(means).mean())

@@ -137,7 +137,7 @@ def test_nothing_to_do_and_unaligned_views():
     flat = torch.empty(256 * 64 + 1, dtype=torch.bfloat16)
     shifted = flat[1:].view(256, 64)
     shifted.copy_(case.weight)
-    got, _ = head().forward(case.hidden, shifted, case.settings, entropy=False, keep=False)
+    got, _ = head().forward(case.hidden, head().prepare(shifted), case.settings, entropy=False, keep=False)
     assert torch.equal(got.total, want.total)
 
 
@@ -240,6 +240,29 @@ def test_chunks_change_no_bit():
     assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
     again = run_op(case, rows, target, backend="triton", chunk_bytes=1)
     assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
+
+
+def test_a_weight_that_no_tensor_map_fits_is_copied_once_a_call(monkeypatch):
+    case = make_case(torch.bfloat16, 150, 64, 300)
+    target = case.target.clamp(min=0)
+    shifted = torch.empty(300 * 64 + 1, dtype=torch.bfloat16)[1:].view(300, 64).copy_(case.weight)
+    clone, copies = torch.Tensor.clone, []
+
+    def counted(x, **options):
+        copies.append(tuple(x.shape))
+        return clone(x, **options)
+
+    monkeypatch.setattr(torch.Tensor, "clone", counted)
+    results = []
+    for weight, expected in ((case.weight, 0), (shifted, 1)):
+        hidden, weight = case.hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        copies.clear()
+        out = mk.linear_logprob(hidden, weight, target, backend="triton", chunk_bytes=1)
+        assert copies.count((300, 64)) == expected
+        grads = torch.autograd.grad(out.logp.sum(), (hidden, weight))
+        assert copies.count((300, 64)) == 2 * expected
+        results.append((out.logp.detach(), *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_compile_fullgraph():

@@ -16,10 +16,10 @@ META = {"BLOCK_ROWS": 16, "BLOCK_OTHERS": 256, "num_warps": 4}
 
 
 def advantage_launch(
+    advantage: torch.Tensor,
     reward: torch.Tensor,
     group: torch.Tensor,
     valid: torch.Tensor | None,
-    advantage: torch.Tensor,
     leave_one_out: bool,
     divide_by_std: bool,
     eps: float,
@@ -35,15 +35,8 @@ def advantage_launch(
     )
 
 
-def group_advantage_triton(
-    reward: torch.Tensor,
-    group: torch.Tensor,
-    valid: torch.Tensor | None,
-    leave_one_out: bool,
-    divide_by_std: bool,
-    eps: float,
-) -> torch.Tensor:
-    """Contiguous tensors on one device -> advantage, like reward."""
+def group_advantage_triton(reward: torch.Tensor, *args: Any) -> torch.Tensor:
+    """Arguments of the native op, contiguous -> advantage, like reward."""
     advantage = torch.empty_like(reward)
-    advantage_launch(reward, group, valid, advantage, leave_one_out, divide_by_std, eps).run(reward.device)
+    advantage_launch(advantage, reward, *args).run(reward.device)
     return advantage

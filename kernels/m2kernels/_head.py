@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import distributed as dist
 
-from m2kernels._head_kernels import HeadKernels, HeadSettings, RowStats, TileStats
+from m2kernels._head_kernels import HeadKernels, HeadSettings, RowStats
 from m2kernels._head_torch import TorchHead
 from m2kernels._native import machine_reason
 from m2kernels._triton import triton_head_reason
+from m2kernels._vocab_group import VocabGroup
 
 HEAD_BACKENDS = ("cpu", "triton", "torch")
 """In the order in which ``auto`` tries them."""
@@ -114,56 +114,6 @@ def head_kernels(backend: str, *, invariant: bool) -> HeadKernels:
     return kernels
 
 
-def _resolve(group: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type, unused-ignore]
-
-
-class VocabGroup:
-    """The shards of a vocabulary over a process group: who holds what, and the merge of their tiles.
-
-    Starting one is a collective (two integers a rank, read on the host) where the group has ranks.
-    """
-
-    def __init__(self, group: str | None, start: int, width: int, kernels: HeadKernels, like: torch.Tensor) -> None:
-        self.kernels = kernels
-        self.widest = width
-        self.group = None if group is None else _resolve(group)
-        if self.group is None or self.group.size() == 1:
-            self.group = None
-            return
-        mine = torch.tensor([start, width], dtype=torch.int64, device=like.device)
-        found = mine.new_empty(self.group.size() * 2)
-        dist.all_gather_into_tensor(found, mine, group=self.group)
-        shards = found.view(-1, 2).tolist()
-        self.widest = max(w for _, w in shards)
-        self.tiles = [-(-w // kernels.tile) for _, w in shards]
-        self.order = sorted(range(len(shards)), key=lambda rank: shards[rank])
-
-    def merge(self, stats: TileStats, target: torch.Tensor) -> RowStats:
-        """This rank's tiles -> rows over the whole vocabulary; one all-gather where there is a group."""
-        stats = stats._replace(z_target=torch.where(target >= 0, stats.z_target, -torch.inf))
-        if self.group is not None:
-            stats = self._gather(stats)
-        return self.kernels.merge(stats)
-
-    def _gather(self, stats: TileStats) -> TileStats:
-        """All ranks' statistics, packed in one tensor; the last tiles of narrower shards are filler."""
-        assert self.group is not None
-        most, mine = max(self.tiles), stats.top.shape[1]
-        fields = [stats.top, stats.total] + ([] if stats.moment is None else [stats.moment])
-        packed = stats.top.new_zeros(len(stats.top), 1 + len(fields) * most)
-        packed[:, 0] = stats.z_target
-        for k, field in enumerate(fields):
-            packed[:, 1 + k * most : 1 + k * most + mine] = field
-        world = packed.new_empty(len(self.tiles), *packed.shape)
-        dist.all_gather_into_tensor(world.view(-1), packed.view(-1), group=self.group)
-        joined = [
-            torch.cat([world[r, :, 1 + k * most : 1 + k * most + self.tiles[r]] for r in self.order], dim=1)
-            for k in range(len(fields))
-        ]
-        return TileStats(world[:, :, 0].amax(dim=0), joined[0], joined[1], joined[2] if len(joined) > 2 else None)
-
-
 class Head:
     """One call's head, ready to do chunks of rows."""
 
@@ -171,11 +121,10 @@ class Head:
         self.problem = problem
         self.num_rows = problem.target.shape[0]
         self.kernels = head_kernels(problem.backend, invariant=problem.invariant)
-        weight = problem.weight.detach().to(problem.dtype)
-        self.weight = weight if weight.stride(1) == 1 or weight.shape[1] == 1 else weight.contiguous()
+        self.weight = self.kernels.prepare(problem.weight.detach().to(problem.dtype))
         self.hidden = problem.hidden.detach()
         self.bias = None if problem.bias is None else problem.bias.detach().contiguous()
-        width = weight.shape[0]
+        width = self.weight.shape[0]
         limit = width if problem.vocab_size is None else problem.vocab_size - problem.vocab_start
         self.num_valid = min(max(limit, 0), width)
         local = problem.target.long() - problem.vocab_start
@@ -186,7 +135,8 @@ class Head:
         """Width of the widest shard; the group is met on first use, by all ranks alike."""
         if self.vocab is None:
             p = self.problem
-            self.vocab = VocabGroup(p.group, p.vocab_start, self.weight.shape[0], self.kernels, self.weight)
+            width, dim = self.weight.shape
+            self.vocab = VocabGroup(p.group, p.vocab_start, width, self.kernels, self.weight, (dim, p.vocab_size))
         return self.vocab.widest
 
     def step(self, width: int) -> int:
@@ -296,12 +246,3 @@ def to_inputs(
     """Gradients in the dtypes of the tensors that they are of."""
     pairs = zip(grads, inputs, strict=True)
     return tuple(g if g is None or x is None else g.to(x.dtype) for g, x in pairs)
-
-
-def live_rows(grads: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    """int64 positions where some gradient is not zero. NaN is not zero: it is not hidden."""
-    given = [g != 0 for g in grads if g is not None]
-    live = given[0]
-    for other in given[1:]:
-        live = live | other
-    return live.nonzero()[:, 0]

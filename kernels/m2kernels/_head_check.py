@@ -59,8 +59,14 @@ def _check_tensors(
 ) -> None:
     """Raise ValueError for a wrong shape, dtype or device."""
     for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if hasattr(tensor, "full_tensor"):
+            raise ValueError(
+                f"{op}: {name} is a {type(tensor).__name__}; expected a plain tensor; pass its .full_tensor(), or "
+                "its .to_local() where that is a vocabulary shard, with tp_group and vocab_start"
+            )
         if tensor.dim() != 2:
-            raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}; expected a 2-D tensor")
+            hint = "; flatten it: .flatten(0, -2)" if tensor.dim() > 2 else ""
+            raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}; expected a 2-D tensor{hint}")
         check_dtype(op, name, tensor, FLOATS)
     if hidden.shape[1] != weight.shape[1]:
         raise ValueError(

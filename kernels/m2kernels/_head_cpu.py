@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from m2kernels._head_kernels import HeadKernels, HeadSettings, RowStats, TileStats, Upstream
+from m2kernels._live_rows import LiveRows
 from m2kernels._native import CPU_ERROR
 
 _ops = torch.ops.m2kernels
@@ -94,13 +95,14 @@ class CpuHead(HeadKernels):
         return None if kept is None else (kept, weight.dtype)
 
     def grad_rows(
-        self, kept: Any, settings: HeadSettings, rows: RowStats, upstream: Upstream, live: torch.Tensor | None
+        self, kept: Any, settings: HeadSettings, rows: RowStats, upstream: Upstream, live: LiveRows | None
     ) -> torch.Tensor:
         """See :meth:`HeadKernels.grad_rows`; in the memory of the logits, the transpose of a dense matrix."""
         logits, dtype = kept
         narrow = dtype == torch.bfloat16
-        _ops.head_lanes(logits, narrow, *_columns(settings), *_dense(rows, upstream), live)
-        return logits.view(dtype)[:, : len(settings.target if live is None else live)].t()
+        part = None if live is None else live.part()
+        _ops.head_lanes(logits, narrow, *_columns(settings), *_dense(rows, upstream), part)
+        return logits.view(dtype)[:, : len(settings.target if part is None else part)].t()
 
     def hidden_grad(self, dz: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See :meth:`HeadKernels.hidden_grad`; torch's GEMM is as fast for bfloat16."""

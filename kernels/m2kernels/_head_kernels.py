@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from m2kernels._live_rows import LiveRows
+
 _GRAD_BLOCK_BYTES = 32 << 20  # of a low-precision product on its way into a float32 sum
 _DEPTH_BLOCK = 2048  # vocabulary entries summed in one GEMM
 
@@ -103,6 +105,10 @@ class HeadKernels:
         """Keep the setting; allocate nothing."""
         self.invariant = invariant
 
+    def prepare(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight [Vl, D], or a copy whose layout the kernels can read: once a call, not once a chunk."""
+        return weight if weight.stride(1) == 1 or weight.shape[1] == 1 else weight.contiguous()
+
     def forward(
         self,
         hidden: torch.Tensor,
@@ -116,7 +122,7 @@ class HeadKernels:
 
         Args:
             hidden: [C, D], of the weight's dtype; C is at least 1.
-            weight: [Vl, D], rows contiguous; Vl may be 0.
+            weight: [Vl, D] of :meth:`prepare`; Vl may be 0.
             settings: of this shard and chunk.
             entropy: also measure `moment`.
             keep: also return a scratch for :meth:`grad`, else None.
@@ -141,7 +147,7 @@ class HeadKernels:
         raise NotImplementedError
 
     def grad_rows(
-        self, kept: Any, settings: HeadSettings, rows: RowStats, upstream: Upstream, live: torch.Tensor | None
+        self, kept: Any, settings: HeadSettings, rows: RowStats, upstream: Upstream, live: LiveRows | None
     ) -> torch.Tensor:
         """:meth:`grad` of the rows `live` alone: [L, Vl], of any strides.
 
@@ -150,17 +156,20 @@ class HeadKernels:
             settings: of the chunk.
             rows: of the chunk.
             upstream: of the chunk.
-            live: int64 [L], ascending rows of the chunk; None: all of them.
+            live: L rows of the chunk; None: all of them.
         """
+        # Queued before the number of rows is asked for: it is what a GPU does while the host waits.
         dz = self.grad(kept, settings, rows, upstream)
-        if live is None:
+        part = None if live is None else live.part()
+        if part is None:
             return dz
-        if dz.is_cuda:
-            return dz.index_select(0, live)
-        for to, row in enumerate(live.tolist()):
+        if dz.is_cuda:  # with the room behind its rows: cuBLAS is slow where they are not aligned
+            picked = dz.new_empty(part.numel(), max(dz.stride(0), dz.shape[1]))[:, : dz.shape[1]]
+            return torch.index_select(dz, 0, part, out=picked)
+        for to, row in enumerate(part.tolist()):
             if to != row:
                 dz[to].copy_(dz[row])
-        return dz[: live.numel()]
+        return dz[: part.numel()]
 
     def hidden_grad(self, dz: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """dz [L, Vl] of :meth:`grad_rows` and weight [Vl, D] of one dtype -> [L, D], float32 or that dtype."""
@@ -182,7 +191,7 @@ class HeadKernels:
         if total.dtype == dz.dtype:
             total.addmm_(dz.t(), hidden, beta=0.0 if first else 1.0, alpha=scale)
             return
-        if dz.is_cuda:  # the product is never rounded, and the sum is the GEMM's own: no pass over it
+        if dz.is_cuda:  # never rounded, and the sum is the GEMM's own: no pass over it (torch 2.10 and later)
             if first:
                 torch.mm(dz.t(), hidden, out_dtype=torch.float32, out=total)
             else:

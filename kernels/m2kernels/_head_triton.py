@@ -208,6 +208,10 @@ class TritonHead(HeadKernels):
     tile: int = TILE
     row_step: int = _HALF.block_m
 
+    def prepare(self, weight: Tensor) -> Tensor:
+        """See :meth:`HeadKernels.prepare`: a tensor map's alignment too."""
+        return _mappable(weight)
+
     def forward(
         self, hidden: Tensor, weight: Tensor, settings: HeadSettings, *, entropy: bool, keep: bool
     ) -> tuple[TileStats, Any]:
@@ -219,7 +223,7 @@ class TritonHead(HeadKernels):
         if keep:
             scratch = hidden.new_empty((rows, triton.cdiv(cols, 64) * 64))[:, :cols]
         if rows and cols:
-            hidden, weight = _mappable(hidden), _mappable(weight)
+            hidden = _mappable(hidden)
             programs = num_programs(hidden.device)
             forward_launch(hidden, weight, settings, stats, scratch, programs).run(hidden.device)
         if scratch is None:

@@ -134,6 +134,17 @@ class TreeShape:
         """Tiles of `rows` rows of one head. It ends at the plan's last row: padding reads as 0, is not written."""
         return TensorDescriptor(x, [self.num_rows, *x.shape[1:]], _strides(x), [rows, 1, self.dim])
 
+    def listed(self, k: Tensor) -> tuple[Any, ...]:
+        """What the passes over query tiles take alike: the planner's lists, and sizes."""
+        tiles = self.tiles
+        lists = (tiles.forward_order, tiles.forward_start, tiles.forward_full, tiles.forward_kv)
+        wave = self.wave(k.element_size()) * (self.heads // self.kv_heads)
+        return (self.subtree_end, *lists, self.num_rows, len(tiles.min_end), self.stride, wave)
+
+    def query_grid(self, config: PassConfig) -> tuple[int]:
+        """One program a query tile and head."""
+        return (len(self.tiles.min_end) * (self.tiles.block // config.block_m) * self.heads,)
+
     def meta(self, config: PassConfig) -> dict[str, Any]:
         """Compile-time arguments that all three passes take."""
         return {
@@ -165,28 +176,18 @@ def _mappable(x: Tensor) -> Tensor:
 
 def forward_launch(shape: TreeShape, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Launch:
     """The launch into out [N, Hq, D] and lse f32 [Hq, shape.stride], base 2."""
-    config, tiles = shape.config.forward, shape.tiles
-    num, group = len(tiles.min_end), shape.heads // shape.kv_heads
+    config = shape.config.forward
     args = (
         shape.describe(q, config.block_m),
         shape.describe(k, config.block_n),
         shape.describe(v, config.block_n),
         shape.describe(out, config.block_m),
         lse,
-        shape.subtree_end,
-        tiles.forward_order,
-        tiles.forward_start,
-        tiles.forward_full,
-        tiles.forward_kv,
-        shape.num_rows,
-        num,
-        shape.stride,
-        shape.wave(k.element_size()) * group,
+        *shape.listed(k),
         shape.scale_log2,
     )
-    meta = shape.meta(config) | {"KV_BLOCK": tiles.kv_block}
-    grid = (num * (tiles.block // config.block_m) * shape.heads,)
-    return Launch(kernel=kernels.tree_forward_kernel, grid=grid, args=args, meta=meta)
+    meta = shape.meta(config) | {"KV_BLOCK": shape.tiles.kv_block}
+    return Launch(kernel=kernels.tree_forward_kernel, grid=shape.query_grid(config), args=args, meta=meta)
 
 
 def delta_launch(shape: TreeShape, out: Tensor, d_out: Tensor, delta: Tensor) -> Launch:
@@ -201,8 +202,7 @@ def dq_launch(
     shape: TreeShape, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, dq: Tensor, lse: Tensor, delta: Tensor
 ) -> Launch:
     """The launch into dq [N, Hq, D]."""
-    config, tiles = shape.config.dq, shape.tiles
-    num, group = len(tiles.min_end), shape.heads // shape.kv_heads
+    config = shape.config.dq
     args = (
         shape.describe(q, config.block_m),
         shape.describe(k, config.block_n),
@@ -211,21 +211,12 @@ def dq_launch(
         shape.describe(dq, config.block_m),
         lse,
         delta,
-        shape.subtree_end,
-        tiles.forward_order,
-        tiles.forward_start,
-        tiles.forward_full,
-        tiles.forward_kv,
-        shape.num_rows,
-        num,
-        shape.stride,
-        shape.wave(k.element_size()) * group,
+        *shape.listed(k),
         shape.scale,
         shape.scale_log2,
     )
-    meta = shape.meta(config) | {"KV_BLOCK": tiles.kv_block, "RELOAD": q.dtype == torch.float32}
-    grid = (num * (tiles.block // config.block_m) * shape.heads,)
-    return Launch(kernel=kernels.tree_dq_kernel, grid=grid, args=args, meta=meta)
+    meta = shape.meta(config) | {"KV_BLOCK": shape.tiles.kv_block, "RELOAD": q.dtype == torch.float32}
+    return Launch(kernel=kernels.tree_dq_kernel, grid=shape.query_grid(config), args=args, meta=meta)
 
 
 def dkdv_launch(

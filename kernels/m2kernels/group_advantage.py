@@ -11,6 +11,8 @@ Trick: sums in double of fp32 rewards are exact for equal rewards, so such a gro
 zeros, not rounding noise that a division by a tiny std would blow up. Not differentiable.
 """
 
+from typing import Any
+
 import torch
 
 from m2kernels._backend import choose_backend
@@ -72,14 +74,7 @@ def _group_advantage_torch(
     return torch.where(difference == 0, 0, advantage).to(reward.dtype)
 
 
-def _group_advantage_fake(
-    reward: torch.Tensor,
-    group: torch.Tensor,
-    valid: torch.Tensor | None,
-    leave_one_out: bool,
-    divide_by_std: bool,
-    eps: float,
-) -> torch.Tensor:
+def _group_advantage_fake(reward: torch.Tensor, *args: Any) -> torch.Tensor:
     return torch.empty_like(reward)
 
 
@@ -87,18 +82,16 @@ if CPU_ERROR is None:
     torch.library.register_fake("m2kernels::group_advantage", _group_advantage_fake)
 
 
-@torch.library.custom_op("m2kernels::group_advantage_triton", mutates_args=())
-def _group_advantage_triton(
-    reward: torch.Tensor,
-    group: torch.Tensor,
-    valid: torch.Tensor | None,
-    leave_one_out: bool,
-    divide_by_std: bool,
-    eps: float,
-) -> torch.Tensor:
+@torch.library.custom_op(
+    "m2kernels::group_advantage_triton",
+    mutates_args=(),
+    schema="(Tensor reward, Tensor group, Tensor? valid, bool leave_one_out, bool divide_by_std, float eps) "
+    "-> Tensor",
+)
+def _group_advantage_triton(*args: Any) -> torch.Tensor:
     from m2kernels._group_advantage_triton import group_advantage_triton
 
-    return group_advantage_triton(reward, group, valid, leave_one_out, divide_by_std, eps)
+    return group_advantage_triton(*args)
 
 
 _group_advantage_triton.register_fake(_group_advantage_fake)

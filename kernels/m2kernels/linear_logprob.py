@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed as dist
 
-from m2kernels._head import HEAD_SCHEMA, Head, HeadGrads, HeadProblem, head_reason, live_rows, to_inputs
+from m2kernels._head import HEAD_SCHEMA, Head, HeadGrads, HeadProblem, head_reason, to_inputs
 from m2kernels._head_check import make_problem
 from m2kernels._head_kernels import RowStats, Upstream
+from m2kernels._live_rows import LiveRows
 
 _OP = "linear_logprob"
 _NUM_ARGS = len(HeadProblem.__slots__)
@@ -77,7 +78,7 @@ def head_backward(
     Arguments and result are those of :class:`HeadGrads`; stats and upstream are of all M rows; `wide`
     asks for the weight's in float32.
     """
-    live = live_rows(upstream)
+    live = LiveRows(upstream).positions()  # on a GPU the one wait of the call
     parts = head.chunks(live.numel(), head.weight.shape[0])
     grads = HeadGrads(head, needs, single=len(parts) <= 1 and not wide, into=into, scale=scale)
     for part in parts:
@@ -195,7 +196,8 @@ def linear_logprob(
             sequence-parallel gather does it anyway (Megatron's convention).
         weight: [V, D], or this rank's [V/tp, D] (widths may differ). Frozen, it costs no dW. GEMMs
             run in the wider dtype of the two, or in autocast's; dW is summed in float32.
-        target: int32 or int64 [M], global ids. Out of range: ValueError on CPU, -inf elsewhere.
+        target: int32 or int64 [M], global ids. Out of range: ValueError on CPU, -inf elsewhere. No id
+            is ignored (labels with -100: rows = (labels != -100).nonzero()[:, 0], target = labels[rows]).
         rows: int32 or int64 [M], rows of hidden, in any order and repeated at will; only these are
             read. None: all rows, M = N.
         bias: [V or V/tp] or None.
@@ -203,7 +205,9 @@ def linear_logprob(
         softcap: raw logits become softcap * tanh(raw / softcap); None: they stay.
         vocab_size: ids from here on are padding and get no mass; None: there is no padding.
         entropy: also return the entropy, differentiable as well.
-        tp_group: process group that the vocabulary is sharded over.
+        tp_group: process group that the vocabulary is sharded over. A chunk takes one all-gather; the
+            first call with its shards takes one more, waits for it, and remembers them (two heads
+            of one D and vocab_size over one group must not differ in some ranks' shards alone).
         vocab_start: global id of this shard's first row.
         backend: auto | triton | cpu | torch.
         chunk_bytes: budget of a chunk's logits; None: ``m2kernels._head.CHUNK_BYTES``.
@@ -216,7 +220,8 @@ def linear_logprob(
         LogProb(logp, entropy). Run to run the same to the bit, gradients too.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or option, or a backend that cannot run.
+        ValueError: a wrong shape, dtype, device or option, shards that overlap or leave a gap, or a
+            backend that cannot run.
     """
     problem = make_problem(
         _OP, hidden, weight, target, rows=rows, bias=bias, temperature=temperature, softcap=softcap,

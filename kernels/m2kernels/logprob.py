@@ -11,10 +11,11 @@ from torch import distributed as dist
 
 from m2kernels._backend import choose_backend
 from m2kernels._check import INTEGERS, check_device, check_dtype, check_vector
-from m2kernels._head import HEAD_BACKENDS, VocabGroup, head_kernels, head_reason
+from m2kernels._head import HEAD_BACKENDS, head_kernels, head_reason
 from m2kernels._head_check import FLOATS, check_ids, check_temperature, group_name
 from m2kernels._head_kernels import HeadSettings, RowStats, Upstream
 from m2kernels._triton import triton_logits_reason
+from m2kernels._vocab_group import VocabGroup
 from m2kernels.linear_logprob import LogProb
 
 _OP = "logprob"
@@ -131,10 +132,11 @@ def logprob(
     Args:
         logits: [M, V], or this rank's [M, V/tp], float32, bfloat16 or float16; all arithmetic is in
             float32 or wider.
-        target: int32 or int64 [M], global ids. Out of range: ValueError on CPU, -inf elsewhere.
+        target: int32 or int64 [M], global ids. Out of range, -100 too: ValueError on CPU, -inf elsewhere.
         temperature: a number over 0, or float32 [M].
         entropy: also return the entropy, differentiable as well.
-        tp_group: process group that the vocabulary is sharded over.
+        tp_group: process group that the vocabulary is sharded over; its collectives are those of
+            :func:`m2kernels.linear_logprob`.
         vocab_start: global id of this shard's first column.
         backend: auto | triton | cpu | torch.
 
@@ -142,7 +144,8 @@ def logprob(
         LogProb(logp, entropy), float32 [M], differentiable once in the logits.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or option, or a backend that cannot run.
+        ValueError: a wrong shape, dtype, device or option, shards that overlap or leave a gap, or a
+            backend that cannot run.
     """
     if logits.dim() != 2:
         raise ValueError(f"{_OP}: logits has shape {list(logits.shape)}; expected [rows, vocabulary]")

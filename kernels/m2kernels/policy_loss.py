@@ -263,6 +263,9 @@ def policy_loss(
 ) -> PolicyLoss:
     """Policy loss and its metrics over M packed tokens (Baichuan-M2, eq. 2).
 
+    Padded tensors [B, T] with a bool response mask [B, T] are packed by indexing: logp[mask], and
+    seq = mask.nonzero()[:, 0].
+
     Args:
         logp: float32 [M], log-probs under the policy; differentiable once (twice with backend
             torch). float64 is taken by backend torch; other float tensors have the same dtype.
@@ -272,7 +275,11 @@ def policy_loss(
         seq: int32 or int64 [M], ascending over all tokens, masked ones included: the sequence of
             each token. Ids out of order, or out of range where live, make the loss NaN (metric
             num_bad_seq); eager on CPU they raise.
-        denom: what the sum is divided by; over 0. A 0-d tensor is not read on the host.
+        denom: what the sum is divided by, over all ranks and micro-batches; over 0. A 0-d tensor is not
+            read on the host. In others' terms: token-mean is the number of live tokens; a sum over
+            fixed lengths (Dr. GRPO) is sequences * l_max; a mean over sequences of token means is the
+            number of sequences, with each advantage divided by its sequence's live tokens (a kl and
+            an entropy term are not: they stay weighted per token).
         spec: which loss; None is LossSpec().
         per_token: the advantage is given per token.
         mask: bool [M]; False: the token adds nothing, whatever it holds. None: all are live.

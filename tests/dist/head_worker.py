@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import distributed as dist
@@ -98,6 +99,44 @@ def run(x: dict[str, torch.Tensor], cuts: list[int], group: dist.ProcessGroup, b
     return out
 
 
+def collectives(x: dict[str, torch.Tensor], cuts: list[int], group: dist.ProcessGroup) -> list[int]:
+    """How many collectives each of these takes, after the first call over this group: an op's forward, in one chunk
+    and in two; the forward and backward of the loss."""
+    rank = dist.get_rank(group)
+    common = {"tp_group": group, "vocab_start": cuts[rank], "vocab_size": VOCAB, "backend": "torch"}
+    hidden, weight = x["hidden"].clone().requires_grad_(), x["weight"][cuts[rank] : cuts[rank + 1]].clone()
+    weight.requires_grad_()
+    widest = max(b - a for a, b in zip(cuts, cuts[1:], strict=False))
+    target, half = x["target"][:HIDDEN], 4 * widest * HIDDEN // 2
+    old = mk.linear_logprob(hidden, weight, target, **common).logp.detach()
+    found: list[int] = []
+
+    def count(call: Any) -> None:
+        with mock.patch.object(dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor) as gather:
+            call()
+        found.append(gather.call_count)
+
+    count(lambda: mk.linear_logprob(hidden, weight, target, **common))
+    count(lambda: mk.linear_logprob(hidden, weight, target, chunk_bytes=half, **common))
+    seq = x["seq"][:HIDDEN]
+    terms = (target, old, x["advantage"], seq)
+    count(lambda: mk.linear_policy_loss(hidden, weight, *terms, denom=9.0, **common).loss.backward())
+    return found
+
+
+def wrong_shards(x: dict[str, torch.Tensor], group: dist.ProcessGroup) -> list[str]:
+    """What is said to shards that overlap, twice, and to shards with a gap."""
+    found = []
+    for step in (300, 300, 500):
+        start = dist.get_rank(group) * step
+        try:
+            mk.logprob(x["weight"][:9, :16].repeat(1, 24), x["target"][:9] % 300, tp_group=group, vocab_start=start)
+            found.append("")
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
 def main(folder: Path, backend: str) -> None:
     """Run every layout: for float32 and bfloat16, and torch's at TP 2, with backend cpu; for float32 with triton."""
     dist.init_process_group("gloo")
@@ -114,6 +153,9 @@ def main(folder: Path, backend: str) -> None:
             results[name, dtype] = run(inputs(dtype), cuts, groups[len(cuts) - 1], backend)
     if backend == "cpu":
         results["torch", torch.float32] = run(inputs(torch.float32), CUTS["tp2"], groups[2], "torch")
+        cuts = CUTS["tp4 aligned, of unequal widths"]
+        results["collectives"] = collectives(inputs(torch.float32), cuts, groups[4])
+        results["wrong shards"] = wrong_shards(inputs(torch.float32), groups[2])
     if dist.get_rank() == 0:
         torch.save(results, folder / "head.pt")
     dist.destroy_process_group()

@@ -111,6 +111,18 @@ def test_policy_loss_and_logits(results, layout, dtype):
     assert not many["policy weight"][VOCAB:].any()
 
 
+def test_a_chunk_is_one_collective(results):
+    """Who holds which ids was said in an earlier call over this group."""
+    assert results["collectives"] == [1, 2, 1]
+
+
+def test_shards_that_overlap_or_leave_a_gap(results):
+    overlap, again, gap = results["wrong shards"]
+    for message, shards in ((overlap, [(0, 384), (300, 384)]), (gap, [(0, 384), (500, 384)])):
+        assert f"hold (vocab_start, width) {shards}" in message and "without a gap" in message
+    assert again == overlap
+
+
 @interpreted
 def test_triton_shards(tmp_path):
     """Triton's kernels; gradients against those of one rank."""

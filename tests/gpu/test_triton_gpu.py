@@ -139,6 +139,60 @@ def test_gradients_of_many_chunks_are_those_of_one(dtype):
         torch.testing.assert_close(many, one, rtol=1e-3, atol=1e-5)
 
 
+def policy_case(device="cuda"):
+    """(leaves, arguments of linear_policy_loss): a third of the sequences have no advantage; a ragged vocabulary."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(700, 512, generator=g), torch.randn(32001, 512, generator=g) / 22
+    target = torch.randint(0, 32001, (700,), generator=g)
+    advantage = torch.tensor([1.0, 0.0, -1.0] * 5)
+    seq = torch.arange(700) * 15 // 700
+    terms = [x.to(device) for x in (target, advantage, seq)]
+    leaves = [x.to(device, torch.bfloat16).requires_grad_() for x in (hidden, weight)]
+    return leaves, (terms[0], None, *terms[1:])
+
+
+def policy_step(leaves, args):
+    loss = mk.linear_policy_loss(*leaves, *args, denom=700.0, chunk_bytes=128 * 32001 * 2).loss
+    return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+
+def test_linear_policy_loss_never_drains_the_queue():
+    """Its one read a chunk waits for an event, not for all that is queued; rows without a gradient are left out."""
+    leaves, args = policy_case()
+    want = policy_step(leaves, args)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = policy_step(leaves, args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    quiet = args[2][args[3]] == 0
+    assert not got[1][quiet].any() and got[1][~quiet].any(dim=1).all()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_device_that_is_not_the_current_one():
+    """Every kernel's launch, stream and scratch follow the tensors."""
+    reward, group = torch.rand(512).round(decimals=1), torch.arange(512) // 8
+    plan = mk.plan_tree(TREES["replies"])
+    xs, d = inputs(plan.num_rows, (8, 2), 64, torch.bfloat16)
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        leaves, args = policy_case(device)
+        found = [*policy_step(leaves, args)]
+        for backend in ("triton", "cuda"):
+            found.append(mk.group_advantage(reward.to(device), group.to(device), scale="std", backend=backend))
+            logp = torch.linspace(-3, 0, 700, device=device, requires_grad=True)
+            loss = mk.policy_loss(logp, *args[1:], denom=700.0, backend=backend).loss
+            found += [loss.detach(), *torch.autograd.grad(loss, logp)]
+        there = [x.detach().to(device).requires_grad_() for x in xs]
+        found += run(there, d.to(device), plan.to(device), "triton")
+        results.append([x.cpu() for x in found])
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_a_wrong_factor_waits_for_nothing():
     from m2kernels._main_grad import check_factor
 
