@@ -280,7 +280,7 @@ def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def by_sequence(plan: mk.TreePlan) -> Fn:
-    """Each sequence by itself, unpacked: it never sees `subtree_end`. A shared row is taken from one of its sequences.
+    """Each sequence by itself, unpacked: it never sees `subtree_end`. A shared row is one sequence's.
 
     Long ones: on a CPU torch's kernel in the oracle's float64, which takes seconds where `causal` takes minutes; on a
     GPU, which has none, some rows and a KV head at a time, recomputed in backward.

@@ -25,7 +25,7 @@ from m2train.bench.schema import Numerics
 
 SETTLE_S = 0.05
 SLOW_S = 1.0
-"""A launch that takes longer is repeated once for `bitwise_repeat` if it is ours, and not at all if it is a peer's."""
+"""A launch that takes longer is repeated once for `bitwise_repeat` if it is ours, and not if it is a peer's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
