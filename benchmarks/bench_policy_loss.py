@@ -1,7 +1,7 @@
 """Policy loss over packed replies: GRPO with asymmetric clipping and importance weights, gradients included.
 
-Other trainers' maths runs in two layouts, which the name says: `-padded` on rows [sequences, longest], what they hold,
-of which much is padding where lengths are ragged; `-packed` on one row without any, as if they packed.
+Other trainers' maths runs in two layouts, which the name says: `-padded` on rows [sequences, longest], as they hold
+them, of which much is padding where lengths are ragged; `-packed` on one row without any, as if they packed.
 """
 
 from __future__ import annotations

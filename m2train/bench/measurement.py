@@ -15,8 +15,8 @@ CONVERGED = 0.005
 MIN_ROUNDS = 5
 FEW_ROUNDS = 2
 """Enough where MIN_ROUNDS would take many times the budget: intervals resample processes first."""
-OVERDRAWN = 3.0
-"""How many times."""
+OVERDRAWN, OVERDRAWN_S = 3.0, 10.0
+"""How many times, and seconds at the least: a hiccup of the machine must not cost a short case its rounds."""
 SLOW_S = 1.0
 """A launch that takes longer needs no second one to be warm."""
 MAX_ROUNDS = 400
@@ -98,7 +98,7 @@ class Measurement:
                 if rounds is not None and number >= rounds:
                     return "budget"
                 spent = time.perf_counter() - start
-                if number >= FEW_ROUNDS and spent > OVERDRAWN * budget_s:
+                if number >= FEW_ROUNDS and spent > max(OVERDRAWN * budget_s, OVERDRAWN_S):
                     return "budget"
                 if number >= MIN_ROUNDS:
                     if all(half_width(s) < CONVERGED for s in self.samples.values()):
