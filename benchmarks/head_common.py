@@ -10,14 +10,13 @@ torch-chunked   the selected rows in chunks, gradients formed with the loss and 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from m2train.bench import shapes
+from m2train.bench import peers, shapes
 from m2train.bench.case import Fn, Setup, Skip
 
 MODELS = ("smollm2-135m", "qwen3-1.7b", "qwen3-8b", "llama-3.1-8b", "qwen2.5-32b")
@@ -27,8 +26,9 @@ EAGER_BYTES = 2e10
 """Full float32 logits beyond which the baseline takes the selected rows in chunks: a GPU holds no three copies."""
 CHUNK_BYTES = 64 << 20
 """Logits of a chunk of torch-chunked on a CPU; sixteen times that on a GPU, as in the op."""
-EPS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-"""A loss is one number, on which the baseline is right by luck; torch sums a narrow gradient in its own dtype.
+EPS = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
+"""A loss is one number, on which the baseline is right by luck, and which F.linear_cross_entropy takes from bfloat16
+logits; torch sums a narrow gradient in its own dtype.
 
 The tests of the ops hold them to far less."""
 DEVICE: dict[str, Any] = {"oracle_device": "same", "cuda_timer": "events"}
@@ -66,7 +66,8 @@ def eager(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
 
 def trl_log_probs(module: Any) -> Fn:
     """TRL's chunked path: vocabulary chunks of 8192, its default, and an online log-sum-exp."""
-    importlib.import_module("trl.trainer.utils")  # its backward asks for it
+    # Its backward asks for a context of this file, which is empty for a weight that no DeepSpeed has sharded.
+    peers.import_past("trl.trainer.utils", ("pandas", "datasets", "accelerate"))
 
     def run(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
         selected = hidden.index_select(0, rows)
