@@ -49,7 +49,7 @@ def with_share(found: Memory, baseline: Memory | None) -> Memory:
 
 
 def _touch(inputs: tuple[Any, ...]) -> None:
-    """Read every page of the inputs: one that the system had put away would come back within the launch, as growth."""
+    """Read every page of the inputs: one that the system had put away would come back in the launch, as growth."""
     for x in inputs:
         if isinstance(x, torch.Tensor) and not x.is_cuda:
             x.detach().reshape(-1)[:: max(1, 4096 // x.itemsize)].sum()
