@@ -85,8 +85,8 @@ class RunDir:
         return not self.config.exists()
 
     def clear(self) -> None:
-        """Remove what an earlier run left here, checkpoints first."""
-        for entry in sorted(self.root.iterdir()):
+        """Remove what an earlier run left here; its recipe last, so that a kill never leaves rollouts without it."""
+        for entry in sorted(self.root.iterdir(), key=lambda entry: (entry == self.config, entry.name)):
             if entry.name != "lock":
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         for name in ("rollouts", "eval", "checkpoints", "logs"):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,13 @@ class TaggedRun:
     Args:
         args: command-line arguments.
         env: more environment.
+        under: a command line that runs the command line given to it.
     """
 
-    def __init__(self, *args: str | Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, *args: str | Path, env: Mapping[str, str] | None = None, under: Sequence[str] = ()) -> None:
         self.tag = uuid.uuid4().hex
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from m2train.cli import main; main()", *map(str, args)],
+            [*under, sys.executable, "-c", "from m2train.cli import main; main()", *map(str, args)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

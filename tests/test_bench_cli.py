@@ -35,6 +35,14 @@ def cases(tmp_path):
     return folder
 
 
+@pytest.mark.parametrize("command", [None, *(c.name or c.callback.__name__ for c in cli.app.registered_commands)])
+def test_every_command_has_help(monkeypatch, capsys, command):
+    assert m2bench(monkeypatch, *filter(None, [command]), "--help") == 0
+    out = capsys.readouterr().out
+    if command in ("check", "run"):
+        assert "case[/impl[/shape[/phase]]]" in out, "the pattern must be shown as it is typed"
+
+
 # ------------------------------------------------------------------------------------------------- a whole run
 
 

@@ -119,7 +119,19 @@ def test_the_grader_says_when_it_cannot_tell() -> None:
     turns = opening(case)
     unknown = Rubric(dimension=DIMENSIONS[0], text="t", weight=1, check="is_poetic")
     assert grade(unknown, "Hello there, friend.", case, turns).met is None
-    assert grade(RUBRICS[0], "word " * MAX_CHARS, case, turns).met is None
+
+
+def test_a_reply_too_long_to_read_is_worth_nothing() -> None:
+    """Not an error: one endless reply must not end a run."""
+    case = CASES["cardiology_01"]
+    turns = opening(case)
+    rubrics = generate_rubrics(case, turns)
+    found = [grade(rubric, "word " * MAX_CHARS, case, turns) for rubric in rubrics]
+    assert [v.met for v in found] == [
+        False if r.weight > 0 else True if r.check == "unusable" else None for r in rubrics
+    ]
+    assert all("not read" in v.explanation for v in found)
+    assert [score(rubrics, found, scoring) for scoring in SCORINGS] == [0.0, 0.0]
 
 
 # --- rubrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,28 @@ def test_an_existing_run_needs_resume_or_restart(tmp_path: Path) -> None:
     run.start(Recipe(), resume=False, restart=True)
     assert not run.rollouts(0).exists()
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "running"
+
+
+def test_a_kill_in_the_middle_of_restart_leaves_a_run_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next run would train on the rollouts of the one that was to be discarded."""
+    run = RunDir(tmp_path)
+    run.start(Recipe(), resume=False, restart=False)
+    run.rollouts(0).write_text("{}")
+
+    def killed(path: Path) -> None:
+        if path.name == "rollouts":
+            raise KeyboardInterrupt
+        real(path)
+
+    real = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.start(Recipe(seed=1), resume=False, restart=True)
+    assert run.rollouts(0).exists()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run.start(Recipe(seed=1), resume=False, restart=False)
 
 
 def test_latest_checkpoint_ignores_unfinished_ones(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -317,7 +318,25 @@ def test_mistakes_end_in_one_line(args: list[str], code: int, words: str, recipe
     assert "Traceback" not in out
 
 
-def test_a_full_disk_ends_the_run_with_its_cause(recipe: Path, saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["100k", "1m"])
+def test_a_full_disk_ends_the_run_with_its_cause(recipe: Path, saved: Path, tmp_path: Path, size: str) -> None:
+    """A disk that fills up in Megatron's writer, in its first bytes and later."""
+    run_dir = tmp_path / "run"
+    checkpoints = run_dir / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    script = f'mount -t tmpfs -o size={size} none "{checkpoints}" && exec "$@"'
+    under = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
+    if subprocess.run([*under, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("no small disk to be had: this machine lets no process make a mount namespace (unshare --mount)")
+    run = TaggedRun("train", recipe, "--train-from", saved, "--run-dir", run_dir, under=under)
+    code, out = run.wait()
+    assert code == 1, out
+    assert "No space left on device: writing a checkpoint" in out.splitlines()[-1]
+    assert str(checkpoints) in out.splitlines()[-1]
+    assert run.survivors() == []
+
+
+def test_a_failed_flush_ends_the_run_with_its_cause(recipe: Path, saved: Path, tmp_path: Path) -> None:
     hook = tmp_path / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(

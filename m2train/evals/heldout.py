@@ -89,17 +89,18 @@ def _graded_turns(run: Run, dialogue: Dialogue) -> list[Group]:
 
 
 def _row(run: Run, groups: list[Group]) -> dict[str, float]:
-    by_case: dict[str, list[float]] = {}
+    by_case: dict[str, list[Group]] = {}
     for group in groups:
-        by_case.setdefault(group.case_id, []).append(group.replies[0].rubric_reward)
-    scores = [fmean(rewards) for rewards in by_case.values()]
-    if not scores:
+        by_case.setdefault(group.case_id, []).append(group)
+    if not by_case:
         return {"heldout/cases": 0.0}
+    scores = [fmean(group.replies[0].rubric_reward for group in case) for case in by_case.values()]
     error = stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
     row = {"heldout/reward": fmean(scores), "heldout/stderr": error, "heldout/cases": float(len(scores))}
     for scoring in get_args(Scoring):
         row[f"heldout/{scoring}"] = fmean(
-            run.verifier.score(group.rubrics, group.replies[0].verdicts, scoring) for group in groups
+            fmean(run.verifier.score(group.rubrics, group.replies[0].verdicts, scoring) for group in case)
+            for case in by_case.values()
         )
     row["heldout/length_mean"] = fmean(len(group.replies[0].generation.token_ids) for group in groups)
     return row | {f"heldout/{name}": value for name, value in dimension_rows(groups).items()}

@@ -11,6 +11,7 @@ import os
 import queue
 import random
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async, state_dict_saver  # noqa: F401
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from m2train.config import ConfigError
 from m2train.files import sync_folder
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from m2train.learner.trainer import Trainer
 
 _FORMAT = 1
+# Larger than what a writer that ran out of room may leave free, small beside any checkpoint.
+_PROBE_BYTES = 16 * 2**20
 # The default sharding of the optimizer cannot be loaded under another TP or PP (0.16.1: "flattened_range").
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -39,7 +43,11 @@ _METADATA = {
 
 
 def save(trainer: Trainer, path: Path) -> None:
-    """Write `path`, replacing a checkpoint of that name. A collective."""
+    """Write `path`, replacing a checkpoint of that name. A collective.
+
+    Raises:
+        OSError: the disk is full, or a limit on file sizes or a quota is reached; an older `path` is left whole.
+    """
     temp = path.with_name(f".{path.name}.tmp")
     if dist.get_rank() == 0:
         shutil.rmtree(temp, ignore_errors=True)
@@ -50,7 +58,11 @@ def save(trainer: Trainer, path: Path) -> None:
     filesystem_async._results_queue = queue.Queue()
     with cpu_compat.cuda_names():
         cpu_compat.apply()
-        dist_checkpointing.save(_state(trainer, is_loading=False), str(temp))
+        try:
+            dist_checkpointing.save(_state(trainer, is_loading=False), str(temp))
+        except (Exception, CheckpointException) as err:  # the latter is a BaseException
+            _name_full_disk(temp, err)
+            raise
     dist.barrier()
     if dist.get_rank() == 0:
         _flush(temp)
@@ -147,6 +159,22 @@ def _set_rng(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["tracker"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _name_full_disk(folder: Path, cause: BaseException) -> None:
+    """Raise the system's own error if `folder` takes no more data.
+
+    torch's zip writer does not look at what a write returned and fails later, at "unexpected pos" (caffe2/serialize).
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            os.posix_fallocate(probe.fileno(), 0, _PROBE_BYTES)
+    except OSError as err:
+        raise OSError(
+            err.errno,
+            f"{err.strerror}: writing a checkpoint; {shutil.disk_usage(folder).free / 2**20:.1f} MiB are free there",
+            str(folder.parent),
+        ) from cause
 
 
 def _flush(folder: Path) -> None:

@@ -85,6 +85,8 @@ class LearnerClient:
         self._ranks: _Ranks | None = None
         self._heart: _Heart | None = None
         self._failed: LearnerError | None = None
+        self._closed = False
+        self._starting = threading.Lock()
 
     def start(self, checkpoint: Path | None = None) -> float:
         """Start the ranks (or wait for those that the cluster starts) and build the learner.
@@ -110,10 +112,13 @@ class LearnerClient:
             shutil.rmtree(old)
         write_json(self._session.recipe, setup)
         write_json(protocol.current_session(self._run_dir), {"name": self._name, "local": local})
-        self._heart = _Heart(self._session.alive)
-        if local:
-            self._ranks = _Ranks(self._torchrun(), self._environment(), self._log)
-            atexit.register(self.close)
+        with self._starting:
+            if self._closed:
+                raise LearnerError("the learner was closed before it started")
+            self._heart = _Heart(self._session.alive)
+            if local:
+                self._ranks = _Ranks(self._torchrun(), self._environment(), self._log)
+                atexit.register(self.close)
         self._wait(0, learner.start_timeout_s, "start")
         return time.monotonic() - started
 
@@ -172,6 +177,8 @@ class LearnerClient:
     def close(self) -> None:
         """End the ranks: politely if they are well, else by force. Never raises, may be called twice."""
         atexit.unregister(self.close)
+        with self._starting:  # in another thread: what it starts is ended here, or it starts nothing
+            self._closed = True
         ranks = self._ranks
         if self._failed is None and self._heart is not None and (ranks is None or ranks.exit_code is None):
             self._failed = LearnerError("the learner was closed")
@@ -222,6 +229,8 @@ class LearnerClient:
                     if error is None and read_json(self._session.reply(number)) is None:
                         raise LearnerError(self._death(what))
                     continue
+                if self._closed and self._ranks is None:  # ranks that others start: no end of theirs tells us
+                    raise LearnerError(f"the learner was closed in {what}")
                 if time.monotonic() > deadline:
                     raise LearnerError(
                         f"the learner was silent for {limit_s:g} s in {what}; see {self._log} (limit: learner."

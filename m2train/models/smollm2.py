@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from m2train.models.folder import SMOLLM2, ModelError
+from m2train.models.tokenizer_files import write_tokenizer
 
 RECIPE_VERSION = 1
 """Raised whenever the written folder changes: an older cache entry is then rebuilt."""
@@ -168,53 +169,18 @@ def _config(meta: _Meta) -> dict[str, Any]:
 def _write_tokenizer(meta: _Meta, folder: Path) -> None:
     tokens: list[str] = meta["tokenizer.ggml.tokens"]
     kinds: list[int] = meta["tokenizer.ggml.token_type"]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     control = 3  # GGUF token type of control tokens
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": i, "content": text, **flags}
-            for i, (text, kind) in enumerate(zip(tokens, kinds, strict=True))
-            if kind == control
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level],
-        },
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {text: i for i, text in enumerate(tokens)},
-            "merges": [merge.split(" ", 1) for merge in meta["tokenizer.ggml.merges"]],
-        },
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
-    template: str = meta["tokenizer.chat_template"]
-    (folder / "chat_template.jinja").write_text(template)
-    name = {
-        key: tokens[int(meta[f"tokenizer.ggml.{field}_token_id"])]
-        for key, field in [
-            ("bos_token", "bos"),
-            ("eos_token", "eos"),
-            ("unk_token", "unknown"),
-            ("pad_token", "padding"),
-        ]
-    }
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": int(meta["llama.context_length"])}
-    config |= {"clean_up_tokenization_spaces": False, **name}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    fields = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    write_tokenizer(
+        folder,
+        vocab={text: i for i, text in enumerate(tokens)},
+        merges=[merge.split(" ", 1) for merge in meta["tokenizer.ggml.merges"]],
+        added=[(i, text, True) for i, (text, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == control],
+        split_digits=True,
+        names={key: tokens[int(meta[f"tokenizer.ggml.{field}_token_id"])] for key, field in fields.items()},
+        max_positions=int(meta["llama.context_length"]),
+        chat_template=meta["tokenizer.chat_template"],
+    )
 
 
 def _write_weights(reader: Any, meta: _Meta, folder: Path) -> None:

@@ -2,8 +2,8 @@
 
 `write_report` may be called at any time, also on a run that is still going or that was killed in
 mid-write. Reading is in `read`, the choice of curves in `specs`, their numbers in `curves`, their
-drawing in `svg`, the sample of dialogues in `dialogues`, the page in `page` with `template.html`,
-`style.css` and `app.js`.
+drawing in `svg`, the sample of dialogues in `dialogues`, the page in `page` with `report.html`,
+`style.css` and `app.js`; several runs side by side in `compare` with `compare.html`.
 """
 
 from __future__ import annotations

@@ -79,6 +79,7 @@
 
   /* ---- dialogues ---- */
   const steps = data.steps.filter((step) => step.groups.length);
+  for (const step of steps) for (const group of step.groups) group.scoring = step.scoring;
   if (!steps.length) return;
   const pickStep = id("pick-step"), pickGroup = id("pick-group");
   let reply = 0;
@@ -233,7 +234,7 @@
       healthbench: `points / ${top}, kept within 0 and 1`,
       minmax: bottom ? `(points + ${-bottom}) / ${top - bottom}` : `points / ${top}`,
     };
-    const rule = sure && rules[data.scoring] ? `; rubric reward = ${rules[data.scoring]}` : "";
+    const rule = sure && rules[group.scoring] ? `; rubric reward = ${rules[group.scoring]}` : "";
     return el("table", {},
       el("thead", {}, el("tr", {}, heading("Criterion, and why"), heading("Weight", "num"),
         heading("Verdict"), heading("Points", "num"))),

@@ -1,7 +1,7 @@
 """Runs side by side: where their recipes differ, whether they learned the same, what their learners cost.
 
-Made for runs on the same rollouts (`m2train train --train-from`) under another packing, layout or dtype; it says
-nothing about why two runs differ that sampled for themselves.
+Made for runs on the same rollouts (`m2train train --train-from`) under another packing, layout or dtype; of runs that
+sampled for themselves it shows what each came to, and says that their differences are those of the rollouts.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ CURVES = (
     ("Tile inflation", "pairs in the tiles of attention / visible pairs", "learner/tile_inflation"),
     ("Training reward", "mean over the step's replies", "reward/mean"),
     ("Held-out reward", "mean over unseen cases, greedy replies", "heldout/reward"),
+)
+OUTCOMES = (
+    ("Held-out reward, first to last evaluation", "heldout/reward"),
+    ("Training reward, first to last step", "reward/mean"),
 )
 COSTS = (
     ("Time of the learner, median s per step", "learner_s"),
@@ -81,11 +85,13 @@ def render(runs: Sequence[Run]) -> str:
     charts = [chart for curve in CURVES if (chart := _overlay(names, rows, *curve)) is not None]
     return fill(
         "compare.html",
-        {"charts": [chart.data for chart in charts], "steps": [], "scoring": None},
+        {"charts": [chart.data for chart in charts], "steps": []},
         title=", ".join(names),
         names=names,
         states=[str(run.status.get("state") or "unknown") for run in runs],
         settings=_settings(runs),
+        outcome=_outcome(rows),
+        apart=sum(bool(run.rollout_files) for run in runs) > 1,
         costs=_costs(rows),
         agreement=_agreement(rows),
         sections=[("Curves", charts)] if charts else [],
@@ -120,6 +126,18 @@ def _settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
     keys = dict.fromkeys(key for one in flat for key in one if key != "name")
     table = [{"name": key, "values": [one.get(key, "-") for one in flat]} for key in keys]
     return [line for line in table if len(set(line["values"])) > 1]
+
+
+def _outcome(rows: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What each run learned: where its rewards began and ended."""
+    table: list[dict[str, Any]] = []
+    for name, key in OUTCOMES:
+        ends = [[value for _, value in series(own, key)] for own in rows]
+        if any(ends):
+            cells = [f"{own[0]:.3f} \u2192 {own[-1]:.3f} ({own[-1] - own[0]:+.3f})" if own else "-" for own in ends]
+            table.append({"name": name, "values": cells})
+    steps = [svg.fmt(len(series(own, "reward/mean"))) for own in rows]
+    return [*table, {"name": "Steps", "values": steps}]
 
 
 def _costs(rows: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -15,10 +15,12 @@ from statistics import fmean
 from typing import Any
 
 from m2train.records import Dialogue, Generation, Group, Reply, StepRollouts, Turn
-from m2train.report.read import Run, read_step
+from m2train.report.read import Run, read_step, setting
 
 MAX_FILES = 60
 """Step files read for one report; a long run has thousands."""
+_GRADED_BY = {"train": "verifier", "eval": "eval"}
+"""The section of the recipe whose `scoring` made a file's rewards."""
 
 
 @dataclass(slots=True)
@@ -61,7 +63,7 @@ def pack_rollouts(run: Run, max_bytes: int) -> Sample:
                 cases.setdefault(group.case_id, []).extend(reply.reward for reply in group.replies)
             if any(cases.values()):
                 rewards[record.step] = fmean(fmean(scores) for scores in cases.values() if scores)
-        packed.append(_pack_step(kind, record))
+        packed.append(_pack_step(kind, record, setting(run.config, _GRADED_BY[kind], "scoring")))
     shown = _fit(packed, max_bytes)
     steps = [step for step, _ in packed]
     steps.sort(key=lambda step: (step["kind"] != "eval", step["step"]))
@@ -111,12 +113,15 @@ def _fit(packed: list[tuple[dict[str, Any], list[tuple[dict[str, Any], int]]]], 
     return shown
 
 
-def _pack_step(kind: str, record: StepRollouts) -> tuple[dict[str, Any], list[tuple[dict[str, Any], int]]]:
+def _pack_step(
+    kind: str, record: StepRollouts, scoring: Any
+) -> tuple[dict[str, Any], list[tuple[dict[str, Any], int]]]:
     dialogues = {dialogue.uid: dialogue for dialogue in record.dialogues}
     step: dict[str, Any] = {
         "kind": kind,
         "step": record.step,
         "version": record.weight_version,
+        "scoring": scoring,
         "total": len(record.groups),
         "groups": [],
         "dialogues": {uid: _pack_dialogue(dialogue) for uid, dialogue in dialogues.items()},

@@ -14,7 +14,7 @@ from typing import Any
 from m2train.metrics import METRICS_FILE
 from m2train.report.curves import make_charts
 from m2train.report.dialogues import Sample, pack_rollouts
-from m2train.report.read import Run
+from m2train.report.read import Run, setting
 from m2train.report.svg import fmt
 
 _HERE = Path(__file__).parent
@@ -28,10 +28,9 @@ def render(run: Run, max_rollout_bytes: int) -> str:
     data = {
         "charts": [chart.data for _, charts in sections for chart in charts],
         "steps": sample.steps,
-        "scoring": _get(run.config, "verifier", "scoring"),
     }
     return fill(
-        "template.html",
+        "report.html",
         data,
         title=str(run.config.get("name") or run.folder.name),
         head=_header(run, rows),
@@ -100,7 +99,7 @@ def _header(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
     engines = f"{len(rollout['urls'])} given" if rollout.get("urls") else f"{rollout.get('servers', 1)} started here"
     machine = status.get("machine")
     facts = {
-        "Model": _get(config, "model", "path"),
+        "Model": setting(config, "model", "path"),
         "Layout": f"learner TP {learner.get('tp', 1)}, PP {learner.get('pp', 1)}, "
         f"DP {learner.get('dp', 1)}, "
         f"{learner.get('dtype', '?')}; rollout engines: {engines}, {rollout.get('dtype', '?')}"
@@ -249,11 +248,6 @@ def number(value: object) -> float | None:
     """The value if it is a finite number."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return value if good else None  # type: ignore[return-value]
-
-
-def _get(config: dict[str, Any], section: str, key: str) -> Any:
-    part = config.get(section)
-    return part.get(key) if isinstance(part, dict) else None
 
 
 def _time(text: object) -> datetime | None:

@@ -65,6 +65,12 @@ def read_step(path: Path, problems: list[str]) -> StepRollouts | None:
     return None
 
 
+def setting(config: dict[str, Any], section: str, key: str) -> Any:
+    """A setting of a recipe; None if it is not there."""
+    part = config.get(section)
+    return part.get(key) if isinstance(part, dict) else None
+
+
 def _step_files(folder: Path) -> dict[int, Path]:
     if not folder.is_dir():
         return {}

@@ -154,9 +154,10 @@ class EnginePool:
             slot.in_flight += 1
             try:
                 for attempt in range(len(_BACKOFF_S) + self._recipe.rollout.max_restarts + 1):
-                    life = slot.life
+                    async with slot.lock:  # held while a restarted engine is still without this run's weights
+                        client, life = slot.ready(), slot.life
                     try:
-                        return await slot.ready().generate(
+                        return await client.generate(
                             prompt_ids, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
                         )
                     except EngineLost as err:

@@ -29,6 +29,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, weight_version: str) -> None:
+        self.weight_version = weight_version
         self._done: dict[str, Generation] = {}
         whole = 0
         raw = path.read_bytes() if path.exists() else b""

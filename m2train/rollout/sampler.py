@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from m2train.config import Recipe
+from m2train.errors import RunError
 from m2train.records import Generation
 from m2train.rollout.journal import Journal
 
@@ -49,6 +50,9 @@ class Sampler:
             key: names the request within the run; the seed is derived from it.
             prompt_ids: the whole prompt.
             affinity: requests of the same affinity go to the same engine, whose prefix cache they share.
+
+        Raises:
+            RunError: the engine's tokens come from other weights than those of this step.
         """
         done = self._journal.get(key)
         if done is not None:
@@ -61,6 +65,12 @@ class Sampler:
             seed=derive_seed(self._recipe.seed, key),
             affinity=affinity,
         )
+        others = {span.version for span in generation.weight_versions} - {self._journal.weight_version}
+        if others:
+            raise RunError(
+                f"{key} was sampled by weights {', '.join(sorted(others))}; expected {self._journal.weight_version}: "
+                "does another run update the same engine (rollout.urls)? give each run its own"
+            )
         self._journal.put(key, generation)
         return generation
 

@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from m2train.models.tokenizer_files import write_tokenizer
+
 Family = Literal["llama", "qwen2", "qwen3"]
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
@@ -136,44 +138,15 @@ def write_tiny_tokenizer(
     The thinking markers are added tokens but not special ones, as in Qwen3.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    vocab = tiny_vocab(special)
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": i, "content": t, **flags, "special": "think" not in t} for i, t in enumerate(special)
-        ],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": [merge.split(" ") for merge in _MERGES],
-        },
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_positions,
-        "clean_up_tokenization_spaces": False,
-        "bos_token": special[1],
-        "eos_token": special[2],
-        "pad_token": special[0],
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
-    (folder / "chat_template.jinja").write_text(chat_template)
+    write_tokenizer(
+        folder,
+        vocab=tiny_vocab(special),
+        merges=[merge.split(" ") for merge in _MERGES],
+        added=[(i, text, "think" not in text) for i, text in enumerate(special)],
+        names={"bos_token": special[1], "eos_token": special[2], "pad_token": special[0]},
+        max_positions=max_positions,
+        chat_template=chat_template,
+    )
 
 
 def tiny_vocab(special: tuple[str, ...] = SPECIAL_TOKENS) -> dict[str, int]:

@@ -23,7 +23,7 @@ from m2train.verifier.utterance import is_question, normalise, sentences, stem, 
 
 Scoring = Literal["healthbench", "minmax"]
 MAX_CHARS = 6000
-"""Longer replies are not read: the grader cannot tell."""
+"""Longer replies are not read: they are unusable."""
 
 _OUT_OF_ROLE = re.compile(
     r"\b(?:as an ai|language model|i'?m (?:just )?an? (?:ai|assistant|chatbot|virtual)|i am an? (?:ai|assistant)|doctor:|patient:|user:|assistant:|"
@@ -395,13 +395,15 @@ def _analyse(reply: str, case: CaseScript, turns: tuple[tuple[str, str], ...]) -
 def grade(rubric: Rubric, reply_text: str, case: CaseScript, turns: Sequence[Turn]) -> Verdict:
     """Whether the reply meets the criterion; for a negative one, whether it shows the fault.
 
-    `met=None` means that the grader cannot tell: a check it has no program for, or a reply too long to read.
+    `met=None` means that the grader cannot tell: a check it has no program for. A reply over `MAX_CHARS` is not read: it
+    is unusable and meets nothing, and what other faults it has cannot be told.
     """
     program = PROGRAMS.get(rubric.check)
     if program is None:
         return Verdict(met=None, explanation=f"no grading program is called {rubric.check!r}")
     if len(reply_text) > MAX_CHARS:
-        return Verdict(met=None, explanation=f"{len(reply_text)} characters; replies over {MAX_CHARS} are not read")
+        met = True if rubric.check == "unusable" else False if rubric.weight > 0 else None
+        return Verdict(met=met, explanation=f"{len(reply_text)} characters; replies over {MAX_CHARS} are not read")
     reply = _analyse(reply_text, case, tuple((turn.role, turn.text) for turn in turns))
     if rubric.weight > 0 and reply.void:
         return Verdict(met=False, explanation=reply.void)

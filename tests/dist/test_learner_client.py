@@ -183,6 +183,31 @@ def test_client_outlives_the_thread_that_started_it(model: Path, tmp_path: Path)
         client.close()
 
 
+@pytest.mark.parametrize("launch", ["local", "external"])
+def test_closed_while_it_starts(model: Path, tmp_path: Path, launch: str) -> None:
+    """The engines did not come up, or Ctrl-C: the thread that waits for the ranks must not outlast the run."""
+    client = LearnerClient(make_recipe(launch=launch), tmp_path, model)
+    errors: list[LearnerError] = []
+
+    def start() -> None:
+        try:
+            client.start()
+        except LearnerError as err:
+            errors.append(err)
+
+    if launch == "local":
+        client.close()  # before the start came to it
+    starter = threading.Thread(target=start)
+    starter.start()
+    while not errors and not (tmp_path / "learner" / "session.json").exists():
+        time.sleep(0.01)
+    time.sleep(0.1)
+    client.close()
+    starter.join(3.0)
+    assert not starter.is_alive() and "closed" in str(errors[0])
+    assert not processes(str(tmp_path)) and not (tmp_path / "logs").exists(), "and no rank was started"
+
+
 def test_merging_updates() -> None:
     updates = [
         {"policy/loss": 1.0, "mismatch/max_abs": 0.5, "tis/min": 0.4, "learner/tokens": 10.0},

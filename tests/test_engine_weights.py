@@ -1,0 +1,112 @@
+"""No token of other weights is trained: a restarted engine, and an engine that someone else updates."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_recipe
+
+from m2train.errors import RunError
+from m2train.records import Generation, VersionSpan
+from m2train.rollout import engine
+from m2train.rollout.client import EngineLost
+from m2train.rollout.engine import EnginePool
+from m2train.rollout.journal import Journal
+from m2train.rollout.sampler import Sampler
+
+
+class FakeServer:
+    """A started server: its weights are called "initial" until someone publishes others. Also its own process."""
+
+    url = "http://127.0.0.1:1"
+
+    def __init__(self) -> None:
+        self.version, self.alive, self.pid = "initial", True, 0
+        self.published = asyncio.Event()
+        """What an update waits for."""
+
+    async def generate(self, prompt_ids: Any, **_: Any) -> Generation:
+        if not self.alive:
+            raise EngineLost("gone")
+        span = VersionSpan(version=self.version, start=0, end=1)
+        return Generation(token_ids=[1], logprobs=[0.0], finish_reason="stop", weight_versions=[span], seed=0)
+
+    async def set_weight_version(self, version: str) -> None:
+        self.version = version
+
+    async def check(self) -> None:
+        pass
+
+    async def healthy(self) -> bool:
+        return self.alive
+
+    async def stop(self, *, grace: bool = True) -> None:
+        self.alive = False
+
+    async def close(self) -> None:
+        pass
+
+    def cause(self) -> str:
+        return "killed"
+
+
+class FakeSync:
+    """Renames a server's weights once it may."""
+
+    def __init__(self, server: FakeServer) -> None:
+        self._server = server
+
+    async def publish(self, source: Path, version: str) -> dict[str, float]:
+        await self._server.published.wait()
+        self._server.version = version
+        return {"total_s": 0.0}
+
+    def close(self) -> None:
+        pass
+
+
+def test_no_request_reaches_a_restarted_engine_before_its_weights(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path
+) -> None:
+    servers: list[FakeServer] = []
+
+    async def start(*_: Any) -> FakeServer:
+        servers.append(FakeServer())
+        return servers[-1]
+
+    async def scenario() -> list[Generation]:
+        pool = EnginePool(tiny_recipe(weight_transfer="file"), tiny_model, tmp_path)
+        await pool.start()
+        servers[0].published.set()
+        await pool.update_weights(tiny_model / "model.safetensors", "step-3")
+        servers[0].alive = False
+        jobs = [asyncio.ensure_future(pool.generate([1], max_tokens=1, temperature=1.0, seed=0))]
+        while len(servers) < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)  # the new server is up, its update is under way
+        jobs.append(asyncio.ensure_future(pool.generate([1], max_tokens=1, temperature=1.0, seed=0)))
+        await asyncio.sleep(0.05)
+        assert servers[1].version == "initial" and not any(job.done() for job in jobs)
+        servers[1].published.set()
+        return list(await asyncio.gather(*jobs))
+
+    monkeypatch.setattr(engine.ServerProcess, "start", start)
+    monkeypatch.setattr(engine, "EngineClient", lambda *_: servers[-1])
+    monkeypatch.setattr(engine, "FileSync", FakeSync)
+    outs = asyncio.run(scenario())
+    assert [out.weight_versions[0].version for out in outs] == ["step-3", "step-3"]
+
+
+def test_tokens_of_other_weights_end_the_run(tmp_path: Path) -> None:
+    server = FakeServer()
+    journal = Journal(tmp_path / "journal", "step-3")
+    sampler = Sampler(server, tiny_recipe(), journal)
+    server.version = "step-3"
+    assert asyncio.run(sampler.sample("step3/a", [1], affinity="")).token_ids == [1]
+    server.version = "step-9"
+    with pytest.raises(RunError, match="step3/b was sampled by weights step-9; expected step-3"):
+        asyncio.run(sampler.sample("step3/b", [1], affinity=""))
+    assert journal.get("step3/a") is not None and journal.get("step3/b") is None
