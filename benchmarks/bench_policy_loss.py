@@ -1,4 +1,8 @@
-"""Policy loss over packed replies: GRPO with asymmetric clipping and importance weights, gradients included."""
+"""Policy loss over packed replies: GRPO with asymmetric clipping and importance weights, gradients included.
+
+Other trainers' maths runs in two layouts, which the name says: `-padded` on rows [sequences, longest], as they hold
+them, of which much is padding where lengths are ragged; `-packed` on one row without any, as if they packed.
+"""
 
 from __future__ import annotations
 
@@ -50,21 +54,21 @@ def _oracle(denom: float, small: bool) -> Fn:
     return run
 
 
-# ---- The same loss as other trainers write it, on rows [sequences, longest]: the layout that they hold.
+# ---- The same loss as other trainers write it, on rows [sequences, longest], or [1, M].
 
 
-class Padded(NamedTuple):
+class Rows(NamedTuple):
     """The batch as such a trainer has it before its loss; made outside of the clock, importance weights too."""
 
     logp: torch.Tensor
     old: torch.Tensor
     weight: torch.Tensor
-    advantage: torch.Tensor  # [sequences, 1]
+    advantage: torch.Tensor  # [sequences, 1]; of each token where all are in one row
     mask: torch.Tensor  # float, 1 where there is a token
     at: torch.Tensor  # int64 [M], flat place of each token
 
 
-class _Rows(torch.autograd.Function):
+class _AsRows(torch.autograd.Function):
     """Stands for the log-probs in that layout; backward picks each token's gradient (under 1 % of the time)."""
 
     @staticmethod
@@ -78,7 +82,15 @@ class _Rows(torch.autograd.Function):
         return grad.reshape(-1).index_select(0, at), None, None
 
 
-def padded(lengths: tuple[int, ...], logp: Any, old: Any, rollout: Any, advantage: Any) -> Padded:
+def packed(logp: Any, old: Any, rollout: Any, advantage: Any, seq: Any) -> Rows:
+    """Packed tensors as one row."""
+    weight = (old - rollout).exp().clamp(max=SPEC.tis_cap)
+    at = torch.arange(len(logp), device=logp.device)
+    rows = (x[None].clone() for x in (logp, old, weight, advantage[seq], torch.ones_like(logp)))
+    return Rows(*rows, at)
+
+
+def padded(lengths: tuple[int, ...], logp: Any, old: Any, rollout: Any, advantage: Any) -> Rows:
     """Packed tensors -> rows with zeros behind each sequence."""
     rows = torch.tensor(lengths, device=logp.device)
     mask = torch.arange(max(lengths), device=logp.device)[None] < rows[:, None]
@@ -88,21 +100,22 @@ def padded(lengths: tuple[int, ...], logp: Any, old: Any, rollout: Any, advantag
 
     weight = (old - rollout).exp().clamp(max=SPEC.tis_cap)
     at = mask.reshape(-1).nonzero()[:, 0]
-    return Padded(pad(logp), pad(old), pad(weight), advantage[:, None].clone(), mask.to(logp.dtype), at)
+    return Rows(pad(logp), pad(old), pad(weight), advantage[:, None].clone(), mask.to(logp.dtype), at)
 
 
-def _on_rows(loss: Any, denom: float) -> Fn:
-    """`loss` of Padded -> a sum over tokens, which is divided as ours is."""
+def _on_rows(loss: Any, denom: float, layout: str = "padded") -> Fn:
+    """`loss` of Rows -> a sum over tokens, which is divided as ours is."""
 
     def run(logp: Any, old: Any, rollout: Any, advantage: Any, seq: Any, *rest: Any) -> torch.Tensor:
-        batch = Padded(*rest)
-        value: torch.Tensor = loss(batch._replace(logp=_Rows.apply(logp, batch.logp, batch.at)))
+        size = len(Rows._fields)
+        batch = Rows(*(rest[:size] if layout == "padded" else rest[size:]))
+        value: torch.Tensor = loss(batch._replace(logp=_AsRows.apply(logp, batch.logp, batch.at)))
         return value / denom
 
     return run
 
 
-def trl_formula(b: Padded) -> torch.Tensor:
+def trl_formula(b: Rows) -> torch.Tensor:
     """The maths of TRL's GRPOTrainer, with its clip fractions: a method of the trainer, so restated here."""
     ratio = torch.exp(b.logp - b.old)
     clipped = torch.clamp(ratio, LOW, HIGH)
@@ -117,7 +130,7 @@ def trl_formula(b: Padded) -> torch.Tensor:
     return loss
 
 
-def verl_formula(b: Padded) -> torch.Tensor:
+def verl_formula(b: Rows) -> torch.Tensor:
     """The maths of verl's vanilla policy loss, with its metrics: the module wants Ray, so restated here."""
     count = b.mask.sum() + 1e-8
     gap = torch.clamp(b.logp - b.old, min=-20.0, max=20.0)
@@ -136,7 +149,7 @@ def verl_formula(b: Padded) -> torch.Tensor:
 def _verl(module: Any) -> Any:
     """verl's own function; it has a mean over tokens, which is undone."""
 
-    def loss(b: Padded) -> torch.Tensor:
+    def loss(b: Rows) -> torch.Tensor:
         value: torch.Tensor = module.compute_policy_loss(
             old_log_prob=b.old,
             log_prob=b.logp,
@@ -158,20 +171,22 @@ def policy_loss(s: Setup) -> Case:
     denom = float(count * max(s.lengths))
     logp = -3 * s.rand(tokens)
     old, rollout = logp + 0.25 * s.randn(tokens), logp + 0.05 * s.randn(tokens)
-    packed = (logp, old, rollout, s.randn(count), s.segments(s.lengths))
+    inputs = (logp, old, rollout, s.randn(count), s.segments(s.lengths))
     native = "cuda" if s.device.type == "cuda" else "cpu"
     why = mk.doctor()["policy_loss"][native]
     return Case(
         oracle=_oracle(denom, tokens <= 4096),
-        inputs=(*packed, *padded(s.lengths, *packed[:4])),
+        inputs=(*inputs, *padded(s.lengths, *inputs[:4]), *packed(*inputs)),
         grad=torch.ones((), device=s.device),
         wrt=(0,),
         impls={
             "m2": Skip(why) if why else _loss(native, denom),
             "torch": _loss("torch", denom),
             "compile": compiled(_loss("torch", denom)),
-            "trl-formula": _on_rows(trl_formula, denom),
-            "verl-formula": _on_rows(verl_formula, denom),
+            "trl-padded": _on_rows(trl_formula, denom),
+            "verl-padded": _on_rows(verl_formula, denom),
+            "trl-packed": _on_rows(trl_formula, denom, "packed"),
+            "verl-packed": _on_rows(verl_formula, denom, "packed"),
             "verl": peers.peer(
                 "verl", s.device, "verl.trainer.ppo.core_algos", lambda m: _on_rows(_verl(m), denom), bare=True
             ),

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import m2kernels as mk
 from m2train.bench import peers
-from m2train.bench.attention_peers import attention_impls
+from m2train.bench.attention_peers import Repeated, attention_impls, sdpa
 from m2train.bench.case import Case, Fn, Impl, Setup, Skip, case
 
 Sequences = list[torch.Tensor]
@@ -269,19 +269,43 @@ def tree_micro_batches(s: Setup) -> Case:
 # ------------------------------------------------------------------------------------------------- attention
 
 
-def by_head(plan: mk.TreePlan) -> Fn:
-    """The reference, a KV head after another, recomputed in its backward: scores of all heads would not fit."""
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Softmax attention of a sequence's last rows [rows, heads, dim] to it and what is before, spelled out."""
+    group = q.shape[1] // k.shape[1]
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * q.shape[2] ** -0.5
+    later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device)
+    later = later.triu(1 + len(k) - len(q))
+    weights = scores.masked_fill(later, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1))
+
+
+def by_sequence(plan: mk.TreePlan) -> Fn:
+    """Each sequence by itself, unpacked: it never sees `subtree_end`. A shared row is one sequence's.
+
+    Long ones: on a CPU torch's kernel in the oracle's float64, which takes seconds where `causal` takes minutes; on a
+    GPU, which has none, some rows and a KV head at a time, recomputed in backward.
+    """
+    repeated = Repeated(plan)
 
     def one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return mk.tree_attention(q, k, v, plan, backend="torch")
-
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if len(q) <= FEW:
+            return causal(q, k, v)
+        if not q.is_cuda:
+            return sdpa(q, k, v)
         heads = zip(q.chunk(k.shape[1], dim=1), k.split(1, dim=1), v.split(1, dim=1), strict=True)
-        return torch.cat([checkpoint(one, *parts, use_reentrant=False) for parts in heads], dim=1)
+        return torch.cat([some_rows(*parts) for parts in heads], dim=1)
 
-    return run
+    def some_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        ends = range(ROWS, len(q) + ROWS, ROWS)
+        return torch.cat(
+            [checkpoint(causal, q[end - ROWS : end], k[:end], v[:end], use_reentrant=False) for end in ends]
+        )
+
+    return repeated.packed(repeated.attend(one))
 
 
+FEW, ROWS = 512, 4096
+"""Rows of a sequence up to which the oracle is `causal` at once, and of a longer one's on a GPU at a time."""
 SMALL = {"heads": (9, 3), "dim": 64, "on": "cpu"}
 LARGE = {"heads": (32, 8), "dim": 128, "on": "cuda"}
 
@@ -314,7 +338,7 @@ def tree_attention(s: Setup) -> Case:
     forward = 4.0 * heads * dim * plan.num_pairs
     moved = 2.0 * rows * dim * (heads + kv_heads) * s.dtype.itemsize
     return Case(
-        oracle=by_head(plan),
+        oracle=by_sequence(plan),
         oracle_device="same",
         inputs=(s.randn(rows, heads, dim), s.randn(rows, kv_heads, dim), s.randn(rows, kv_heads, dim)),
         grad=s.randn(rows, heads, dim),

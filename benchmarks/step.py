@@ -2,6 +2,7 @@
 
     python benchmarks/step.py --model smollm2-135m --layers 4 --steps 8
     python benchmarks/step.py --weights smollm2-135m --rollouts runs/demo-0 --variants none,varlen,tree
+    python benchmarks/step.py --memory --packed-tokens 8192 --recompute --variants tree,eager-head,full-head
 
 Starts the ranks with torchrun, as the trainer does, and alternates between variants step by step, so that all see the
 same machine:
@@ -9,13 +10,17 @@ same machine:
     tree         what the trainer does: shared prefixes are computed once, fused LM head and loss
     varlen       replies share micro-batches, one after another
     none         one reply a micro-batch
-    eager-head   tree, with all logits of a micro-batch at once and the loss on them
+    eager-head   tree, with all logits of a micro-batch's scored rows at once and the loss on them
+    full-head    tree, with the logits of every packed row at once, as heads without row selection have them
 
 First one step of each is compared: loss, log-probs and the gradient of every tensor have to be those of `none` (or of
 the last variant) before anything is timed. Then prints tokens/s, MFU against the GEMM rate measured on this machine,
 phases and peak memory of each, and an Amdahl table: the share of the step that an op has, times what a variant of the
 op gains alone, predicts what the step gains; the measured gain stands beside it. --mllog adds a file of `:::MLLOG`
 lines, an interval for each step.
+
+--memory starts each variant in processes of its own, for what one has freed may stay with its process, and prints the
+peak resident memory of a step beside that of the first variant.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -41,12 +46,13 @@ from m2train.bench import ceilings, env, shapes, stats
 from m2train.bench.mllog import MLLog
 from m2train.bench.models import model_config, write_random_model
 from m2train.bench.parity import gap, parity_table, run_step, worst
-from m2train.bench.steps import make_recipe, recorded_batch, step_flops, synthetic_batch
+from m2train.bench.steps import make_recipe, packed_batch, recorded_batch, step_flops, synthetic_batch
 
 if TYPE_CHECKING:
     from m2train.learner.model import HeadOutput, HeadRows
 
-VARIANTS = ("tree", "varlen", "none", "eager-head")
+VARIANTS = ("tree", "varlen", "none", "eager-head", "full-head")
+DEFAULT = "tree,varlen,none,eager-head"
 PHASES = {"forward and backward": "learner/forward_backward_s", "optimizer": "learner/optimizer_s"}
 OP_REPEATS = 5
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
@@ -68,9 +74,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rollouts", type=Path, help="a run directory whose rollouts are trained on instead")
     parser.add_argument("--rollout-step", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10, help="of each variant, after one that is not counted")
-    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--variants", default=DEFAULT)
     parser.add_argument(
         "--no-check", action="store_true", help="do not compare the variants (gradients are kept twice)"
+    )
+    parser.add_argument(
+        "--memory", action="store_true", help="compare peak memory, each variant in its own processes"
+    )
+    parser.add_argument(
+        "--packed-tokens", type=int, help="synthetic rollouts that pack into so many tokens, one micro-batch of trees"
+    )
+    parser.add_argument(
+        "--recompute", action="store_true", help="activations of a layer are computed again in backward"
     )
     parser.add_argument("--micro-batch-tokens", type=int, default=1024)
     for name in ("tp", "pp", "dp"):
@@ -91,8 +106,10 @@ def arguments() -> argparse.Namespace:
     unknown = set(args.variants) - set(VARIANTS)
     if unknown:
         parser.error(f"no variant {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
-    if "eager-head" in args.variants and args.tp > 1:
-        parser.error("variant eager-head has the whole vocabulary on a rank: it needs --tp 1")
+    if set(EAGER) & set(args.variants) and args.tp > 1:
+        parser.error(f"variants {' and '.join(EAGER)} have the whole vocabulary on a rank: they need --tp 1")
+    if args.packed_tokens:
+        args.micro_batch_tokens = args.packed_tokens
     return args
 
 
@@ -100,13 +117,36 @@ def arguments() -> argparse.Namespace:
 
 
 def eager_head(hidden: torch.Tensor, weight: torch.Tensor, head: HeadRows) -> HeadOutput:
-    """The learner's head with all logits at once, then the loss: a `HeadFunction`."""
+    """The learner's head with all logits of the scored rows at once, then the loss: a `HeadFunction`."""
+    log_p = log_probs(hidden.index_select(0, head.rows), weight, head)
+    return eager_loss(log_p.gather(1, head.target[:, None])[:, 0], entropy_of(log_p), head)
+
+
+def full_head(hidden: torch.Tensor, weight: torch.Tensor, head: HeadRows) -> HeadOutput:
+    """The same with all logits of every row."""
+    log_p = log_probs(hidden, weight, head)
+    return eager_loss(log_p[head.rows, head.target], entropy_of(log_p)[head.rows], head)
+
+
+EAGER = {"eager-head": eager_head, "full-head": full_head}
+
+
+def log_probs(hidden: torch.Tensor, weight: torch.Tensor, head: HeadRows) -> torch.Tensor:
+    """float32 [rows, V]."""
+    logits = (hidden @ weight[: head.vocab_size].t()).float()
+    return torch.log_softmax(logits if head.temperature == 1.0 else logits / head.temperature, dim=-1)
+
+
+@torch.no_grad()
+def entropy_of(log_p: torch.Tensor) -> torch.Tensor:
+    """float32 [rows]; a metric, without a gradient."""
+    return -log_p.exp().mul_(log_p).sum(-1)
+
+
+def eager_loss(logp: torch.Tensor, entropy: torch.Tensor, head: HeadRows) -> HeadOutput:
+    """The policy loss of log-probs as `HeadFunction` returns it."""
     from m2train.learner.model import HeadOutput
 
-    logits = (hidden.index_select(0, head.rows) @ weight[: head.vocab_size].t()).float()
-    log_p = torch.log_softmax(logits / head.temperature, dim=-1)
-    entropy = -(log_p.exp() * log_p).sum(-1).detach()
-    logp = log_p.gather(1, head.target[:, None])[:, 0]
     loss = head.loss
     if loss is None:
         return HeadOutput(logp, entropy, None, {})
@@ -143,6 +183,7 @@ class Rank:
             lr=1e-30,  # below the resolution of any weight: every step sees the same ones
             micro_batch_tokens=args.micro_batch_tokens,
             packing="tree",
+            recompute=args.recompute,
             **layout,
         )
         self.trainer = Trainer(recipe, folder)
@@ -152,16 +193,16 @@ class Rank:
         """Make the trainer this variant."""
         policy, recipe = self.trainer.policy, self.trainer.recipe
         fused = policy.head
-        learner = recipe.learner.model_copy(update={"packing": "tree" if name == "eager-head" else name})
+        learner = recipe.learner.model_copy(update={"packing": "tree" if name in EAGER else name})
         self.trainer.recipe = recipe.model_copy(update={"learner": learner})
-        policy.head = eager_head if name == "eager-head" else fused
+        policy.head = EAGER.get(name, fused)
         try:
             yield
         finally:
             policy.head = fused
 
-    def step(self, name: str) -> dict[str, float]:
-        """One step; seconds, phases (always elapsed time), and the peak of this rank's memory."""
+    def step(self, name: str, batch: Any = None) -> dict[str, float]:
+        """One step, on the batch unless another is given; seconds, phases (elapsed time), this rank's peak memory."""
         from torch import distributed as dist
 
         cuda = torch.cuda.is_available()
@@ -169,7 +210,7 @@ class Rank:
             dist.barrier()
             reset_peak(cuda)
             start = now(self.args.clock)
-            result = self.trainer.train([self.batch])[0]
+            result = self.trainer.train([batch or self.batch])[0]
             seconds = now(self.args.clock) - start
         found = {"seconds": seconds, "peak_bytes": float(peak(cuda))}
         if result.metrics:
@@ -279,6 +320,8 @@ def peak(cuda: bool) -> int:
 
 def load(args: argparse.Namespace, vocab: int) -> Any:
     """The batch: recorded or synthetic."""
+    if args.packed_tokens is not None:
+        return packed_batch(args.packed_tokens, vocab)
     if args.rollouts is not None:
         return recorded_batch(args.rollouts, args.rollout_step)
     prompts = shapes.ragged(args.groups, args.prompt, 4 * args.prompt, seed=1)
@@ -299,7 +342,9 @@ def rank_main(args: argparse.Namespace) -> None:
     parity = None if args.no_check or len(args.variants) < 2 else rank.parity()
     if parity is not None and any(one["relative"] > TOLERANCE[args.dtype] for one in parity["gaps"].values()):
         raise SystemExit(f"variants do not compute the same step, so none is timed: {parity}")
-    for number in range(args.steps + 1):
+    if args.memory:  # a step that allocates what the optimizer keeps, on one reply
+        rank.step(args.variants[0], replace(rank.batch, samples=rank.batch.samples[:1]))
+    for number in range(1 if args.memory else 0, args.steps + 1):
         order = args.variants if number % 2 else args.variants[::-1]
         for name in order:
             with log.interval("step", variant=name, step_num=number, counted=number > 0) as ended:
@@ -321,13 +366,13 @@ def rank_main(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------- the parent
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Start the ranks on a random model and read what they measured."""
+def measure(args: argparse.Namespace, folder: Path, *more: str) -> dict[str, Any]:
+    """Start the ranks on a random model and read what they measured; `more` are further arguments of theirs."""
     ranks = args.tp * args.pp * args.dp
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={ranks}"),
         *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
-        *(str(Path(__file__).resolve()), *sys.argv[1:], "--worker", str(folder)),
+        *(str(Path(__file__).resolve()), *sys.argv[1:], *more, "--worker", str(folder)),
     ]
     extra = {"OMP_NUM_THREADS": str(args.threads)}
     if not torch.cuda.is_available():
@@ -349,7 +394,11 @@ def main() -> None:
         if args.weights is None:
             write_random_model(folder, model_config(args.model, layers=args.layers), args.dtype)
         config = read_config(model_folder(args, folder))
-        found = measure(args, folder)
+        if args.memory:
+            each = [measure(args, folder, "--variants", name) for name in args.variants]
+            found = {"steps": {n: s for one in each for n, s in one["steps"].items()}, "ops": {}, "parity": None}
+        else:
+            found = measure(args, folder)
     best = ceilings.measure(device, args.threads, 0.3)
     peak_rate = best["bf16" if args.dtype == "bfloat16" else "fp32"] * args.tp * args.pp * args.dp
     batch = load(args, config["vocab_size"])
@@ -360,6 +409,7 @@ def main() -> None:
         "dtype": args.dtype,
         "ranks": {"tp": args.tp, "pp": args.pp, "dp": args.dp, "threads": args.threads},
         "clock": args.clock,
+        "separate": args.memory,
         "batch": {"replies": len(batch.samples), "tokens": tokens, "flops": flops},
         "rollouts": {"name": args.rollouts.name, "step": args.rollout_step} if args.rollouts else None,
         "peak_flops": peak_rate,
@@ -367,10 +417,12 @@ def main() -> None:
         "build": env.build(Path(__file__).parent),
         **found,
     }
-    print(render(result, tokens, flops, peak_rate))
     if args.out is not None:
         with args.out.open("a") as file:
             file.write(json.dumps(result) + "\n")
+    print(render(result, tokens, flops, peak_rate))
+    if args.memory:
+        print("\n".join(memory_table(result["steps"])))
 
 
 def render(result: dict[str, Any], tokens: int, flops: float, peak_rate: float) -> str:
@@ -397,8 +449,20 @@ def render(result: dict[str, Any], tokens: int, flops: float, peak_rate: float) 
             f"{steps[0]['micro_batches']:>8.0f} {100 * steps[0]['packing_efficiency']:>6.1f} "
             f"{against(result['steps'], name)}"
         )
-    lines += ["", *parity_table(result["parity"])]
-    return "\n".join([*lines, "", *amdahl(result["steps"], result["ops"])])
+    if not result["separate"]:  # in processes of their own neither gradients nor single ops are compared
+        lines += ["", *parity_table(result["parity"]), "", *amdahl(result["steps"], result["ops"])]
+    return "\n".join(lines)
+
+
+def memory_table(steps: dict[str, list[dict[str, float]]]) -> list[str]:
+    """Peak resident memory of each variant, and how much lower the first one's is."""
+    peaks = {name: max(s["peak_bytes"] for s in found) for name, found in steps.items()}
+    first, *others = peaks
+    lines = [f"peak memory of a step, {first}: {peaks[first] / 2**20:.0f} MiB"]
+    for name in others:
+        lower = 100 * (1 - peaks[first] / peaks[name])
+        lines.append(f"  {name}: {peaks[name] / 2**20:.0f} MiB; {first} is {lower:.1f} % lower")
+    return lines
 
 
 def against(steps: dict[str, list[dict[str, float]]], name: str) -> str:
@@ -416,7 +480,7 @@ def amdahl(steps: dict[str, list[dict[str, float]]], ops: dict[str, float]) -> S
 
     Gains are times of the variant over times of `tree`: under 1 is faster.
     """
-    if "tree" not in steps or "eager-head" not in steps:
+    if not ops:
         return ["no Amdahl table: it takes the variants tree and eager-head"]
     base = [s["seconds"] for s in steps["tree"]]
     share = ops["tree"] / median(base)

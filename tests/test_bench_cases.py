@@ -8,6 +8,7 @@ import torch
 from bench_rows import CASE_FILE
 from runs import write_rollouts
 
+import m2kernels as mk
 from m2train.bench import ceilings, env, models, peers, recorder, registry, shapes, steps
 from m2train.bench.case import Case, CaseSpec, Setup, Skip, SlowStart, case, compiled
 from m2train.bench.registry import Selector
@@ -217,6 +218,14 @@ def test_step_flops():
         steps.synthetic_batch((1, 1), (1, 1), 3, 10)
     with pytest.raises(ValueError, match="got model"):
         models.model_config("x")
+
+
+def test_packed_batch_packs_into_its_tokens():
+    batch = steps.packed_batch(2048, 1000)
+    plan = mk.plan_tree([s.token_ids for s in batch.samples])
+    assert plan.num_rows == 2048 and sum(s.reply_length for s in batch.samples) == 720
+    with pytest.raises(ValueError, match="multiple of 1024"):
+        steps.packed_batch(1500, 1000)
 
 
 def test_recipe_takes_the_batch():

@@ -8,7 +8,8 @@ import torch
 from m2train.bench import check, faults, launch, selftest
 from m2train.bench.case import Case, CaseSpec, Setup, SlowStart, Subset
 from m2train.bench.check import Checker, Guards
-from m2train.bench.memory import measure_memory
+from m2train.bench.memory import measure_memory, with_share
+from m2train.bench.schema import Memory
 from m2train.bench.timers import Timer
 
 CPU = torch.device("cpu")
@@ -69,6 +70,46 @@ def test_mistakes_are_refused(fn, reason):
     found = verdict(fn)
     assert found.verdict == "refused"
     assert pytest.importorskip("re").search(reason, found.reason)
+
+
+def test_slow_launches_are_repeated_less(monkeypatch):
+    """Ours once, a peer not at all: whether it repeats is then unknown, which is not the same as no."""
+    calls = []
+
+    def fn(x):
+        calls.append(x)
+        return 2 * x
+
+    verdict(fn)
+    usual = len(calls)
+    calls.clear()
+    monkeypatch.setattr(check, "SLOW_S", 0.0)
+    assert verdict(fn).bitwise_repeat is True and len(calls) == usual - 1
+    calls.clear()
+    assert verdict(fn, ours=("torch",)).bitwise_repeat is None and len(calls) == usual - 2
+
+
+def test_own_memory_is_beyond_results_and_what_the_case_allows():
+    big = 32 << 20
+    spec = CaseSpec(
+        name="x",
+        build=lambda s: Case(
+            oracle=lambda x: x * 2,
+            inputs=(torch.ones(1 << 20),),
+            impls={"torch": lambda x: torch.ones(big // 4).mul_(2)[: len(x)].clone()},
+            allowance={"fwd": 8 << 20},
+        ),
+        shapes={"a": {}},
+        dtypes=(torch.float32,),
+        smoke=("a",),
+    )
+    case = spec.make("a", torch.float32, CPU)
+    found = measure_memory(case, case.impls["torch"], "fwd", CPU)
+    assert found.peak is not None and found.results == 4 << 20 and found.own == found.peak - (12 << 20)
+    assert big - (9 << 20) < found.own < big + (4 << 20)
+    half = Memory(own=found.own // 2)
+    assert with_share(half, found).own_share == pytest.approx(0.5, abs=0.01)
+    assert with_share(Memory(own=1), None).own_share is None and with_share(Memory(), found).own_share is None
 
 
 def test_wrong_gradient_is_refused():

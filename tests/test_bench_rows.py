@@ -13,7 +13,7 @@ from m2train.bench.report import figures, readme, write_report
 from m2train.bench.report.markdown import to_markdown
 from m2train.bench.report.page import render
 from m2train.bench.report.select import latest
-from m2train.bench.schema import Row
+from m2train.bench.schema import Memory, Ratio, Row
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,6 +80,21 @@ def test_markdown_names_refused_and_skipped():
     text = to_markdown([make_row(), make_row(impl="a", status="refused"), make_row(impl="b", status="skipped")])
     assert "**Refused**" in text and "policy_loss/b: because of" in text
     assert f"`{make_row().id}`" in text
+
+
+def test_reports_show_ratios_to_peers_own_memory_and_figures_of_merit(tmp_path):
+    row = make_row()
+    row.timing.others = [Ratio(to="liger", value=0.7, low=0.6, high=0.8)]
+    row.memory = Memory(peak=30 << 20, results=8 << 20, own=16 << 20, own_share=0.125)
+    row.numerics.quality = {"tile_inflation": 1.0312}
+    row = Row.from_json(row.to_json())
+    for path in write_report([row, make_row(impl="torch")], tmp_path):
+        text = path.read_text()
+        if path.suffix == ".csv":
+            assert ",16777216,0.125," in text
+        else:
+            assert "16.0 (12.5 %)" in text and "liger x0.700 [0.600, 0.800]" in text
+            assert "tile_inflation 1.0312" in text
 
 
 def test_ticks_are_few_and_inside():

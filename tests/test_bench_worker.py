@@ -1,12 +1,13 @@
 """What a measuring process does when its clock does not fit, and when its GPU is gone; on stand-ins for both."""
 
+import time
 import types
 
 import pytest
 import torch
 from bench_rows import CASE_FILE
 
-from m2train.bench import timers, worker
+from m2train.bench import measurement, timers, worker
 from m2train.bench.timers import CpuTimer, GraphError, GraphTimer
 
 HOW = {"cache": "warm", "budget_s": 0.01, "warmup_s": 0.0, "min_sample_s": 1e-4}
@@ -45,6 +46,22 @@ def test_one_clock_for_all_that_are_compared(server):
     assert all(len(found["samples"][name]) >= 5 for name in ("m2", "torch"))
     with pytest.raises(GraphError):  # another process had a graph: this one must not have another clock
         server.measure("fwd", ["m2", "torch"], timer="graph", **HOW)
+
+
+def test_slow_launches_take_fewer_rounds(monkeypatch):
+    """Two, once five would take many times the budget; one that takes long needs no second launch to be warm."""
+    monkeypatch.setattr(measurement, "OVERDRAWN_S", 0.0)
+    monkeypatch.setattr(measurement, "SLOW_S", 0.005)
+    calls = []
+    slow = measurement.Ready([lambda: calls.append(time.sleep(0.02))])
+    assert measurement.warm(slow, CpuTimer(), 1e-3, 0.0, compiles=False) is slow and len(calls) == 1
+    measurement.warm(slow, CpuTimer(), 1e-3, 0.0, compiles=True)
+    assert len(calls) == 4  # the first may have compiled
+    run = measurement.Measurement({"m2": slow}, CpuTimer())
+    assert run.run(0.001) == "budget" and len(run.samples["m2"]) == measurement.FEW_ROUNDS
+    run = measurement.Measurement({"m2": slow}, CpuTimer())
+    run.run(0.08)
+    assert len(run.samples["m2"]) == measurement.MIN_ROUNDS
 
 
 def test_a_case_names_the_clock_that_it_needs(server):

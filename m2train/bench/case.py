@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -78,6 +78,7 @@ class Case:
         wrt: indices of the inputs that get a gradient. None: all floating ones.
         bytes: memory traffic at the least, a number (forward) or by phase.
         flops: likewise.
+        allowance: bytes, by phase, that no implementation's own memory counts: a float32 sum of a narrow gradient.
         baseline: the implementation whose error is the yardstick and whose time the ratios are against.
         ours: the implementations that `compare` watches.
         ratio, eps: an error may be `ratio` times the baseline's, plus `eps` of the oracle's largest value.
@@ -98,6 +99,7 @@ class Case:
     wrt: tuple[int, ...] | None = None
     bytes: float | Mapping[str, float] | None = None
     flops: float | Mapping[str, float] | None = None
+    allowance: Mapping[str, float] = field(default_factory=dict)
     baseline: str = "torch"
     ours: tuple[str, ...] = ("m2",)
     ratio: float = 2.0
@@ -137,6 +139,10 @@ class Case:
     def cost(self, phase: str) -> tuple[float | None, float | None]:
         """(bytes, FLOPs) of a launch; None where the case does not state them."""
         return _of_phase(self.bytes, phase), _of_phase(self.flops, phase)
+
+    def allowed(self, phase: str) -> float:
+        """Bytes that are left out of every implementation's own memory."""
+        return self.allowance.get(phase, 0.0)
 
 
 def _of_phase(value: float | Mapping[str, float] | None, phase: str) -> float | None:

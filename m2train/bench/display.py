@@ -10,7 +10,7 @@ from rich.text import Text
 
 from m2train.bench.schema import Row
 
-_WIDTHS = {"row": 62, "time": 31, "ratio": 25, "SOL": 8, "err": 6, "bits": 4, "MiB": 8}
+_WIDTHS = {"row": 78, "time": 31, "ratio": 25, "SOL": 8, "err": 6, "bits": 4, "MiB": 8, "own MiB": 16}
 _STYLE = {"ok": "green", "refused": "bold red", "skipped": "dim"}
 
 
@@ -22,7 +22,7 @@ class Display:
         self._timed = timed
         self._console = Console(highlight=False)
         if not self._console.is_terminal:  # a log: wide enough for a row on a line
-            self._console = Console(highlight=False, width=160)
+            self._console = Console(highlight=False, width=sum(_WIDTHS.values()) + len(_WIDTHS))
         self._status = self._console.status("") if self._console.is_terminal else None
         self._headed = False
 
@@ -46,8 +46,7 @@ class Display:
         """One line."""
         self.refused += row.status == "refused"
         if not self._headed:
-            head = ("row", "time", "ratio", "SOL", "err", "bits", "MiB")
-            self._line([Text(name, style="bold") for name in head])
+            self._line([Text(name, style="bold") for name in _WIDTHS])
             self._headed = True
         i = row.identity
         name = Text(f"{i.case}/{i.impl}/{i.shape}/{i.phase} {i.dtype} {i.cache}", style=_STYLE[row.status])
@@ -55,6 +54,8 @@ class Display:
             self._console.print(name.append(f": {row.status}, {row.reason}"), no_wrap=True, overflow="ellipsis")
             return
         self._line([name, *(Text(cell) for cell in cells(row))])
+        for note in notes(row):
+            self._console.print(Text(f"    {note}", style="dim"), no_wrap=True, overflow="ellipsis")
 
     def _line(self, parts: list[Text]) -> None:
         table = Table.grid(padding=(0, 1))
@@ -65,7 +66,7 @@ class Display:
 
 
 def cells(row: Row) -> list[str]:
-    """time, ratio, share of the speed of light, error ratio, repeat and invariance, memory."""
+    """time, ratio, share of the speed of light, error ratio, repeat and invariance, peak memory, own memory."""
     t, n = row.timing, row.numerics
     time = ratio = ""
     if t is not None:
@@ -79,8 +80,24 @@ def cells(row: Row) -> list[str]:
         {True: yes, False: "-", None: "."}[value]
         for yes, value in (("r", n.bitwise_repeat), ("i", n.batch_invariant))
     )
-    memory = f"{row.memory.peak / 2**20:.1f}" if row.memory.peak is not None else ""
-    return [time, ratio, sol, error, bits, memory]
+    m = row.memory
+    memory = f"{m.peak / 2**20:.1f}" if m.peak is not None else ""
+    own = f"{m.own / 2**20:.1f}" if m.own is not None else ""
+    if m.own_share is not None:
+        own += f" ({100 * m.own_share:.1f} %)"
+    return [time, ratio, sol, error, bits, memory, own]
+
+
+def notes(row: Row) -> list[str]:
+    """What has no column of its own: ratios to others than the baseline, and figures of merit."""
+    found = []
+    t, quality = row.timing, row.numerics.quality
+    if t is not None and t.others:
+        ratios = (f"{r.to} x{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in t.others)
+        found.append(f"time over others': {', '.join(ratios)}")
+    if quality:
+        found.append(", ".join(f"{name} {value:.6g}" for name, value in quality.items()))
+    return found
 
 
 def scale(value: float, unit: str) -> tuple[float, str]:

@@ -13,6 +13,12 @@ from m2train.bench.timers import CallgrindTimer, GraphError, GraphTimer, Timer
 CONVERGED = 0.005
 """Half-width of the median's interval at which sampling ends."""
 MIN_ROUNDS = 5
+FEW_ROUNDS = 2
+"""Enough where MIN_ROUNDS would take many times the budget: intervals resample processes first."""
+OVERDRAWN, OVERDRAWN_S = 3.0, 10.0
+"""How many times, and seconds at the least: a hiccup of the machine must not cost a short case its rounds."""
+SLOW_S = 1.0
+"""A launch that takes longer needs no second one to be warm."""
 MAX_ROUNDS = 400
 
 
@@ -33,7 +39,7 @@ class Ready:
         return picked
 
 
-def warm(one: Ready, timer: Timer, min_sample_s: float, warmup_s: float) -> Ready:
+def warm(one: Ready, timer: Timer, min_sample_s: float, warmup_s: float, *, compiles: bool = True) -> Ready:
     """Run for `warmup_s` after a first launch, which may compile, then choose the launches of a sample."""
     if isinstance(timer, CallgrindTimer):
         for i in range(3):
@@ -41,8 +47,11 @@ def warm(one: Ready, timer: Timer, min_sample_s: float, warmup_s: float) -> Read
             (one.launches[i : i + 1] or one.launches[:1])[0]()
         return one
     arm(one.launches[:1])
+    begun = time.perf_counter()
     one.launches[0]()
     timer.settle()
+    if not compiles and time.perf_counter() - begun > max(SLOW_S, warmup_s):
+        return one
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < warmup_s or count < 2:
         picked = one.take(False)
@@ -88,10 +97,13 @@ class Measurement:
                 number += 1
                 if rounds is not None and number >= rounds:
                     return "budget"
+                spent = time.perf_counter() - start
+                if number >= FEW_ROUNDS and spent > max(OVERDRAWN * budget_s, OVERDRAWN_S):
+                    return "budget"
                 if number >= MIN_ROUNDS:
                     if all(half_width(s) < CONVERGED for s in self.samples.values()):
                         return "converged"
-                    if time.perf_counter() - start > budget_s or number >= MAX_ROUNDS:
+                    if spent > budget_s or number >= MAX_ROUNDS:
                         return "budget"
         finally:
             gc.enable()

@@ -8,6 +8,7 @@ those that the adapters were written against; none was run on a GPU by the autho
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -96,6 +98,22 @@ def import_bare(module: str) -> Any:
         empty.__spec__ = spec
         sys.modules[name] = empty
     return importlib.import_module(module)
+
+
+def import_past(module: str, unused: tuple[str, ...]) -> Any:
+    """Import a module that names others at its top which nothing here calls: those not installed are stood in for.
+
+    Raises:
+        ImportError: it is not there, or lacks what it needs itself.
+    """
+    absent = [name for name in unused if name not in sys.modules and importlib.util.find_spec(name) is None]
+    for name in absent:
+        sys.modules[name] = mock.MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None))
+    try:
+        return importlib.import_module(module)
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
 def reason(name: str, device: torch.device) -> str | None:

@@ -42,7 +42,7 @@ _COLUMNS = (
     *("threads", "unit", "median", "low", "high", "p10", "p90", "processes", "ratio", "ratio_low", "ratio_high"),
     *("bytes", "dram_bytes", "flops", "sol_percent", "bound", "energy_j"),
     *("error", "error_ratio", "bitwise_repeat", "batch_invariant"),
-    *("peak_bytes", "result_bytes", "saved_bytes", "machine", "sha", "dirty"),
+    *("peak_bytes", "result_bytes", "own_bytes", "own_share", "saved_bytes", "machine", "sha", "dirty"),
 )
 
 
@@ -66,6 +66,7 @@ def to_csv(rows: Sequence[Row]) -> str:
         for name in ("error", "error_ratio", "bitwise_repeat", "batch_invariant"):
             values[name] = getattr(row.numerics, name)
         values |= {"peak_bytes": row.memory.peak, "result_bytes": row.memory.results}
+        values |= {"own_bytes": row.memory.own, "own_share": row.memory.own_share}
         values["saved_bytes"] = row.memory.saved_for_backward
         values |= {"machine": row.machine.get("id"), "sha": row.build.get("sha"), "dirty": row.build.get("dirty")}
         writer.writerow(values)

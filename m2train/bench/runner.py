@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from m2train.bench import ceilings as ceiling_store
 from m2train.bench import env, registry, stats
 from m2train.bench.case import CaseSpec
 from m2train.bench.ceilings import Ceilings, physics
+from m2train.bench.memory import with_share
 from m2train.bench.pool import Pool, WorkerConfig, WorkerError
 from m2train.bench.registry import Selector
 from m2train.bench.schema import Identity, Memory, Numerics, Ratio, Row, Timing, row_id
@@ -231,8 +232,9 @@ class _Group:
         for phase in chosen["phases"]:
             for name, reason in chosen["skipped"].items():
                 yield self._row(name, phase, "warm", "skipped", reason=reason)
-            for name, entry in self._checked(chosen, phase).items():
-                numerics, memory = Numerics.from_dict(entry["numerics"]), Memory.from_dict(entry.get("memory", {}))
+            checked = self._checked(chosen, phase)
+            for name, entry in checked.items():
+                numerics, memory = Numerics.from_dict(entry["numerics"]), _memory(checked, name, chosen["baseline"])
                 status = "ok" if numerics.verdict == "ok" else "refused"
                 yield self._row(name, phase, "warm", status, reason=numerics.reason, numerics=numerics, memory=memory)
             for name in self.lost.keys() & set(chosen["impls"]):
@@ -288,9 +290,10 @@ class _Group:
                 yield self._row(name, phase, cache, "refused", reason=numerics.reason, numerics=numerics, timer=timer)
                 continue
             baseline = chosen["baseline"] if chosen["baseline"] in good else None
-            timing = make_timing(name, baseline, answers)
+            others = [one for one in good if one not in self.ours] if name in self.ours else []
+            timing = make_timing(name, baseline, answers, others)
             row = self._row(name, phase, cache, "ok", timing=timing, numerics=numerics, timer=timer)
-            row.memory = Memory.from_dict(checked[name]["memory"])
+            row.memory = _memory(checked, name, chosen["baseline"])
             moved, flops = chosen["cost"][phase]
             row.physics = physics(
                 moved,
@@ -334,17 +337,23 @@ class _Group:
         )
 
 
-def make_timing(name: str, baseline: str | None, answers: list[dict[str, Any]]) -> Timing:
-    """The timing part of a row from what each process measured."""
+def _memory(checked: dict[str, Any], name: str, baseline: str) -> Memory:
+    """Of one implementation, beside the baseline's."""
+    found, base = (Memory.from_dict(checked.get(which, {}).get("memory", {})) for which in (name, baseline))
+    return with_share(found, base if name != baseline else None)
+
+
+def make_timing(name: str, baseline: str | None, answers: list[dict[str, Any]], others: Sequence[str] = ()) -> Timing:
+    """The timing part of a row from what each process measured; `others` are further ones to be compared with."""
     samples = [answer["samples"][name] for answer in answers]
     pooled = stats.flat(samples)
     low, high = stats.bootstrap_median(samples)
     p10, median, p90 = (float(q) for q in np.quantile(pooled, [0.1, 0.5, 0.9]))
-    ratio = None
-    if baseline is not None and baseline != name:
-        below = [answer["samples"][baseline] for answer in answers]
-        value, least, most = stats.bootstrap_ratio(samples, below)
-        ratio = Ratio(to=baseline, value=value, low=least, high=most)
+
+    def over(other: str) -> Ratio:
+        value, least, most = stats.bootstrap_ratio(samples, [answer["samples"][other] for answer in answers])
+        return Ratio(to=other, value=value, low=least, high=most)
+
     return Timing(
         unit=answers[0]["unit"],
         median=median,
@@ -357,7 +366,8 @@ def make_timing(name: str, baseline: str | None, answers: list[dict[str, Any]]) 
         processes=len(samples),
         stopped="converged" if all(answer["stopped"] == "converged" for answer in answers) else "budget",
         launch_us=answers[0]["launch_us"][name],
-        ratio=ratio,
+        ratio=over(baseline) if baseline not in (None, name) else None,
+        others=[over(other) for other in others if other not in (name, baseline)],
         note=answers[0]["note"],
     )
 

@@ -60,6 +60,9 @@ class Timing(Part):
     launch_us: float | None = None
     """CUDA: time for Python to enqueue a launch."""
     ratio: Ratio | None = None
+    """To the case's baseline."""
+    others: list[Ratio] = field(default_factory=list)
+    """Rows of ours: to every other implementation that was timed beside them, the baseline left out."""
     note: str = ""
 
 
@@ -107,7 +110,11 @@ class Memory(Part):
 
     peak: int | None = None
     results: int | None = None
-    """Part of the peak: outputs and gradients that the caller gets; the rest is the implementation's own."""
+    """Part of the peak: outputs and gradients that the caller gets."""
+    own: int | None = None
+    """The rest of the peak, less what the case allows to every implementation (a float32 sum of a gradient)."""
+    own_share: float | None = None
+    """Of the baseline's `own`."""
     saved_for_backward: int | None = None
     how: str = ""
 

@@ -46,6 +46,18 @@ def synthetic_batch(prompts: Sequence[int], lengths: Sequence[int], group: int, 
     return TrainBatch(samples=samples, denom=float(len(samples) * max(lengths)), temperature=1.0)
 
 
+def packed_batch(tokens: int, vocab: int) -> TrainBatch:
+    """A batch that packs into `tokens` as trees: groups of 4 replies of 90 tokens to a prompt of 664, 35 % scored.
+
+    Raises:
+        ValueError: `tokens` is no multiple of a group's 1024.
+    """
+    groups, rest = divmod(tokens, 1024)
+    if rest or not groups:
+        raise ValueError(f"got {tokens} packed tokens; expected a multiple of 1024")
+    return synthetic_batch((664,) * groups, (90,) * (4 * groups), 4, vocab)
+
+
 def recorded_batch(run_dir: Path, step: int) -> TrainBatch:
     """The batch of a step that a run saved, as its own recipe makes it; its first update where there are several."""
     from m2train.config import load

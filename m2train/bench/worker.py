@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import torch
 
 from m2train.bench import env, registry
-from m2train.bench.case import Case, CaseSpec, Skip
+from m2train.bench.case import Case, CaseSpec, Skip, SlowStart
 from m2train.bench.check import Checker, Guards
 from m2train.bench.energy import counter, joules
 from m2train.bench.launch import arm, callable_of, input_bytes, make_ring, prepare
@@ -65,7 +65,8 @@ class Bench:
         found = {}
         for name in names:
             launches = prepare(self.case, callable_of(self.case, name), ring, phase)
-            found[name] = warm(Ready(launches), timer, min_sample_s, warmup_s)
+            compiles = self.device.type == "cuda" or isinstance(self.case.impls[name], SlowStart)
+            found[name] = warm(Ready(launches), timer, min_sample_s, warmup_s, compiles=compiles)
         return found, note
 
 

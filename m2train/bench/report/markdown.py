@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from m2train.bench.display import cells
+from m2train.bench.display import cells, notes
 from m2train.bench.report.select import groups, latest, machine_name, short
 from m2train.bench.schema import Row
 
-HEAD = "| implementation | time [95 %] | of baseline [95 %] | speed of light | error ratio | bits | MiB | row |"
-LINE = "|---|---|---|---|---|---|---|---|"
+COLUMNS = (
+    *("implementation", "time [95 %]", "of baseline [95 %]", "speed of light", "error ratio", "bits"),
+    *("peak MiB", "own MiB", "row"),
+)
+HEAD = f"| {' | '.join(COLUMNS)} |"
+LINE = "|---" * len(COLUMNS) + "|"
+
+
+OWN = (
+    "own MiB: peak beyond inputs, outputs, returned gradients and, where those are narrow, one float32 sum of the "
+    "weight's; in brackets its share of the baseline's own."
+)
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
@@ -25,6 +35,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
             if good:
                 clock = good[0].identity.timer
                 parts += [f"{case}, {what}, timer {clock}", "", HEAD, LINE, *(table_line(row) for row in good), ""]
+                parts += [f"- {row.identity.impl}: {note}" for row in good for note in notes(row)]
+                parts.append("")
     bad = [row for row in shown if row.status == "refused"]
     if bad:
         parts += [
@@ -40,6 +52,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
     if reasons:
         parts += ["Skipped:", "", *(f"- {reason} ({len(where)} rows)" for reason, where in reasons.items()), ""]
     parts.append("bits: r repeats bitwise, i is invariant to the batch, - is not, . not asked.")
+    parts.append(OWN)
     return "\n".join(parts) + "\n"
 
 

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 import m2train.report
-from m2train.bench.display import cells
+from m2train.bench.display import cells, notes
 from m2train.bench.report import figures
 from m2train.bench.report.select import groups, latest, machine_name, short
 from m2train.bench.schema import Row
@@ -94,7 +94,10 @@ def _machine(name: str, shown: Sequence[Row], rows: Sequence[Row], colors: dict[
                     else "",
                     "ratios": figures.ratios(ratio, color) if ratio else "",
                     "groups": [
-                        {"what": what, "rows": [[row.identity.impl, *cells(row), row.id] for row in group]}
+                        {
+                            "what": what,
+                            "rows": [_cells(row) for row in group],
+                        }
                         for (_, _, what), group in groups(members).items()
                     ],
                 }
@@ -118,6 +121,11 @@ def _machine(name: str, shown: Sequence[Row], rows: Sequence[Row], colors: dict[
         "cases": cases,
         "trends": _trends(name, rows, colors),
     }
+
+
+def _cells(row: Row) -> tuple[list[str], list[str]]:
+    """A table's row, and what stands below it."""
+    return [row.identity.impl, *cells(row), row.id], notes(row)
 
 
 def _trends(name: str, rows: Sequence[Row], colors: dict[str, int]) -> list[dict[str, str]]:

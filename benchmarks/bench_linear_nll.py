@@ -1,0 +1,98 @@
+"""Mean negative log-prob at selected rows, with both gradients: where supervised heads are peers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from head_common import (
+    DEVICE,
+    EPS,
+    FIRST,
+    NIGHTLY,
+    ChunkedLoss,
+    baseline,
+    budget,
+    costs,
+    loss_shapes,
+    selected_rows,
+)
+from torch.nn import functional as F
+
+import m2kernels as mk
+from m2train.bench import peers
+from m2train.bench.case import Case, Fn, Setup, Skip, case
+
+
+@case(
+    "linear_nll",
+    shapes=loss_shapes(),
+    dtypes=(torch.bfloat16, torch.float32),
+    smoke=("smollm2-135m-128-50pct",),
+    nightly=NIGHTLY,
+    first=FIRST,
+)
+def linear_nll(s: Setup) -> Case:
+    """Mean negative log-prob at some rows: supervised heads compute nothing else, so here they are peers."""
+    rows = selected_rows(s, s.M / s.N)
+    count = len(rows)
+    stated = costs(s, count)
+    inputs = (s.randn(s.N, s.D), s.randn(s.V, s.D, scale=3 * s.D**-0.5), s.randint(s.V, count), rows)
+    seq, ones = torch.zeros_like(rows), torch.ones(1, device=s.device)
+
+    def m2(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
+        """On-policy CISPO with advantage 1 is the sum of log-probs."""
+        spec = mk.LossSpec(kind="cispo")
+        return mk.linear_policy_loss(hidden, weight, target, None, ones, seq, denom=count, spec=spec, rows=rows).loss
+
+    def full(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
+        everywhere = torch.full((len(hidden),), -100, dtype=torch.int64, device=hidden.device)
+        logits = F.linear(hidden, weight)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(logits, everywhere.index_copy(0, rows, target))
+
+    def chunked(limit: float) -> Fn:
+        def run(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
+            selected = hidden.index_select(0, rows)
+            total: torch.Tensor = ChunkedLoss.apply(selected, weight, target, lambda logp, _: -logp / count, limit)
+            return total
+
+        return run
+
+    def torch_own(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
+        options = torch.nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(hidden.index_select(0, rows), weight, target, options=options)
+
+    there = hasattr(torch.nn, "LinearCrossEntropyOptions")
+    old = Skip(f"torch {torch.__version__} has no chunked F.linear_cross_entropy")
+    return Case(
+        oracle=chunked(8 * budget(s)),
+        inputs=inputs,
+        grad=torch.ones((), device=s.device),
+        wrt=(0, 1),
+        impls={
+            "m2": m2,
+            "torch": full if baseline(s) == "torch" else Skip("full logits of all rows do not fit"),
+            "torch-chunked": chunked(budget(s)),
+            "torch-lce": torch_own if there else old,
+            "cce": peers.peer("cce", s.device, "cut_cross_entropy", lambda m: _mean_on_rows(m.linear_cross_entropy)),
+            "quack": peers.peer("quack", s.device, "quack.linear_cross_entropy", _quack),
+        },
+        baseline=baseline(s),
+        eps=EPS[s.dtype],
+        pure=s.V * s.D * 4 < 1e9,
+        **stated,
+        **DEVICE,
+    )
+
+
+def _mean_on_rows(fn: Fn) -> Fn:
+    def run(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
+        loss: torch.Tensor = fn(hidden.index_select(0, rows), weight, target)
+        return loss
+
+    return run
+
+
+def _quack(module: Any) -> Fn:
+    return _mean_on_rows(lambda h, w, y: module.chunked_linear_cross_entropy(h, w, y, reduction="mean"))

@@ -1,0 +1,149 @@
+"""Shapes, plain torch and one peer that the LM-head cases share.
+
+The implementations that are written out here are plain torch:
+
+torch           full logits of all rows: the baseline
+torch-gathered  full logits of the selected rows
+torch-chunked   the selected rows in chunks, gradients formed with the loss and summed in float32: what one writes by
+                hand when memory is short
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from m2train.bench import peers, shapes
+from m2train.bench.case import Fn, Setup, Skip
+
+MODELS = ("smollm2-135m", "qwen3-1.7b", "qwen3-8b", "llama-3.1-8b", "qwen2.5-32b")
+CPU_LIMIT = 3e11
+"""FLOPs of a forward over the selected rows beyond which a CPU would take minutes."""
+EAGER_BYTES = 2e10
+"""Full float32 logits beyond which the baseline takes the selected rows in chunks: a GPU holds no three copies."""
+CHUNK_BYTES = 64 << 20
+"""Logits of a chunk of torch-chunked on a CPU; sixteen times that on a GPU, as in the op."""
+EPS = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
+"""A loss is one number, on which the baseline is right by luck, and which F.linear_cross_entropy takes from bfloat16
+logits; torch sums a narrow gradient in its own dtype.
+
+The tests of the ops hold them to far less."""
+DEVICE: dict[str, Any] = {"oracle_device": "same", "cuda_timer": "events"}
+"""Float64 would take minutes on a CPU; rows with a gradient are counted on the host, so there is no graph."""
+RUN = 64
+"""Packed rows of a sequence, prompt and reply: those of the reply, at its end, are selected."""
+
+
+def loss_shapes() -> dict[str, dict[str, Any]]:
+    cpu = shapes.heads(("smollm2-135m",), 128, (0.5,)) | shapes.heads(("smollm2-135m",), 2048, (0.35,))
+    cpu |= shapes.heads(("qwen3-1.7b",), 256, (0.35,))
+    gpu: dict[str, dict[str, Any]] = {}
+    for tokens in (4096, 16384, 32768):
+        gpu |= shapes.heads(("qwen3-1.7b", "qwen3-8b", "qwen2.5-32b"), tokens, (0.35, 1.0))
+    return cpu | gpu
+
+
+NIGHTLY = tuple(name for name in loss_shapes() if "16384" in name or ("32768" in name and "qwen2.5" not in name))
+FIRST = ("qwen3-8b-4096-35pct", "qwen3-8b-4096-100pct")
+
+
+def gemm_flops(s: Setup, rows: int) -> float:
+    flops = 2.0 * rows * s.D * s.V
+    if s.device.type == "cpu" and flops > CPU_LIMIT:
+        raise Skip(f"{flops:.1e} FLOPs a forward: for a GPU")
+    return flops
+
+
+def eager(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
+    """All logits of the selected rows at once, in fp32 after the GEMM."""
+    logits = F.linear(hidden.index_select(0, rows), weight)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.log_softmax(logits, dim=-1).gather(1, target[:, None])[:, 0]
+
+
+def trl_log_probs(module: Any) -> Fn:
+    """TRL's chunked path: vocabulary chunks of 8192, its default, and an online log-sum-exp."""
+    # Its backward asks for a context of this file, which is empty for a weight that no DeepSpeed has sharded.
+    peers.import_past("trl.trainer.utils", ("pandas", "datasets", "accelerate"))
+
+    def run(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
+        selected = hidden.index_select(0, rows)
+        logp: torch.Tensor = module.ChunkedLogProbFunction.apply(
+            selected, weight, None, target, 1.0, 8192, None, 1.0, ()
+        )[0]
+        return logp
+
+    return run
+
+
+TokenLoss = Callable[[torch.Tensor, slice], torch.Tensor]
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """A loss that is a sum over rows, in chunks of rows; gradients are formed with it, in float32 or wider."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, loss: TokenLoss, budget: float
+    ) -> torch.Tensor:
+        rows = len(hidden)
+        parts = max(1, -(-rows * len(weight) * 4 // int(budget)))
+        step = -(-rows // parts)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        needs = any(ctx.needs_input_grad)
+        total = hidden.new_zeros((), dtype=wide)
+        to_hidden, to_weight = torch.empty_like(hidden), None
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            h, w = hidden[part].detach(), weight.detach()
+            with torch.set_grad_enabled(needs):
+                leaves = [h.requires_grad_(needs), w.requires_grad_(needs)]
+                log_p = F.linear(*leaves).to(wide).log_softmax(-1)
+                value = loss(log_p.gather(1, target[part, None])[:, 0], part).sum()
+            total += value.detach()
+            if not needs:
+                continue
+            to_hidden[part], dw = torch.autograd.grad(value, leaves)
+            if parts == 1:
+                to_weight = dw
+            elif to_weight is None:
+                to_weight = dw.to(wide)
+            else:
+                to_weight += dw
+        ctx.grads = (to_hidden, to_weight.to(weight.dtype)) if to_weight is not None else None
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        to_hidden, to_weight = ctx.grads
+        if float(grad) != 1.0:
+            to_hidden, to_weight = to_hidden * grad, to_weight * grad
+        return to_hidden, to_weight, None, None, None
+
+
+def selected_rows(s: Setup, share: float) -> torch.Tensor:
+    """The last rows of each sequence: int64 [M]."""
+    row = torch.arange(s.N)
+    return row[row % RUN >= RUN - max(1, int(RUN * share + 0.5))].to(s.device)
+
+
+def budget(s: Setup) -> float:
+    return CHUNK_BYTES if s.device.type == "cpu" else 16 * CHUNK_BYTES
+
+
+def baseline(s: Setup) -> str:
+    return "torch" if 4.0 * s.N * s.V < EAGER_BYTES else "torch-chunked"
+
+
+def costs(s: Setup, rows: int) -> dict[str, Any]:
+    """What any method must move and multiply; three GEMMs with gradients. A narrow dW may be summed in float32."""
+    flops, size = gemm_flops(s, rows), s.dtype.itemsize
+    moved = (rows * s.D + s.V * s.D) * size
+    return {
+        "bytes": {"fwd": moved, "both": 2.0 * moved + s.N * s.D * size},
+        "flops": {"fwd": flops, "both": 3 * flops},
+        "allowance": {"both": 4.0 * s.V * s.D if size < 4 else 0.0},
+    }
