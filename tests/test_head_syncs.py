@@ -101,21 +101,6 @@ def test_policy_loss_waits_behind_each_chunks_row_kernel(journal, monkeypatch, r
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize(("dead", "copied"), [(1, False), (8, False), (9, True)])
-def test_a_chunk_is_not_copied_for_the_sake_of_a_few_dead_rows(journal, monkeypatch, dead, copied):
-    """With 24 live rows, one dead row for every three is the most that is multiplied too."""
-    problem, terms = make_problem(rows=True), make_terms(ROWS // CHUNKS - dead)
-    monkeypatch.setattr("m2kernels._head_policy.COPY_COLUMNS", {torch.float32: DEPTH / 3})
-    select, copies = torch.index_select, []
-    monkeypatch.setattr(torch, "index_select", lambda *a, **k: copies.append(a[0].shape) or select(*a, **k))
-    _, grads = loss_and_grads(problem, terms, (True, True, False), WeightGrad())
-    assert copies == [(ROWS // CHUNKS, VOCAB)] * (CHUNKS if copied else 0)
-    monkeypatch.undo()
-    _, exact = loss_and_grads(problem, terms, (True, True, False), WeightGrad())
-    for got, expected in zip(grads[:2], exact[:2], strict=True):
-        torch.testing.assert_close(got, expected)
-
-
 def test_logprob_waits_once_in_backward(journal):
     head = Head(make_problem(rows=True))
     to_logp = torch.where(torch.arange(ROWS) % 2 == 0, 1.0, 0.0)

@@ -13,11 +13,6 @@ from m2kernels._live_rows import LiveRows
 from m2kernels._policy_grads import PolicyTerms
 from m2kernels.linear_logprob import head_backward, row_stats
 
-COPY_COLUMNS = {torch.bfloat16: 256, torch.float16: 256}
-"""Columns of hidden for which the GEMMs of dX and dW cost as much as copying a live row of dz, so that the rows next
-to it can be left out: on an H100's data sheet 4 B at 3.35 TB/s are 4 flops a column at 990 TFLOP/s, 295 columns. A
-few clipped tokens are then multiplied rather than a whole chunk copied. Not measured: no GPU was at hand."""
-
 Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
@@ -104,7 +99,7 @@ def _one_chunk(
     rows, kept = head.statistics(chunk, entropy=True, keep=True)
     assert rows.entropy is not None
     upstream = terms.gradients(rows.logp, rows.entropy)
-    live = LiveRows(upstream, COPY_COLUMNS.get(chunk.hidden.dtype, 0) / max(chunk.hidden.shape[1], 1))
+    live = LiveRows(upstream)
     if live.known_empty():
         return rows.logp, rows.entropy
     dz = head.kernels.grad_rows(kept, chunk.settings, rows, upstream, live)

@@ -37,16 +37,14 @@ class LiveRows:
 
     Args:
         grads: f32[C] each, or None; at least one.
-        spare: on a GPU, how many dead rows for each live one are not worth leaving out.
     """
 
-    def __init__(self, grads: Sequence[torch.Tensor | None], spare: float = 0.0) -> None:
+    def __init__(self, grads: Sequence[torch.Tensor | None]) -> None:
         given = [g != 0 for g in grads if g is not None]
         self._mask = given[0]
         for other in given[1:]:
             self._mask = self._mask | other
         self._positions: torch.Tensor | None = None
-        self._spare = spare
         self._count = HostCount(self._mask.sum()) if self._mask.is_cuda else None
 
     def known_empty(self) -> bool:
@@ -65,8 +63,6 @@ class LiveRows:
         return self._positions
 
     def part(self) -> torch.Tensor | None:
-        """:meth:`positions`, or None where all rows are to be done: all live, or too few dead."""
+        """:meth:`positions`, or None when that is all rows."""
         found = self.positions()
-        live, dead = found.numel(), self._mask.numel() - found.numel()
-        most = 0.0 if self._count is None else self._spare * live
-        return None if dead <= most else found
+        return None if found.numel() == self._mask.numel() else found

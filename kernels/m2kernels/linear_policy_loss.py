@@ -8,8 +8,7 @@ sequence's tokens (gspo; sequence weights of an on-policy loss) take chunks of w
 one sequence is longer than a chunk, all rows are done twice instead.
 
 On a GPU the host reads one number a chunk (how many rows have a gradient; gspo: the sequences' lengths
-as well), behind work that is queued already, so a call cannot be captured in a CUDA graph. Rows without a
-gradient are multiplied there too where they are so few that copying the others would cost more.
+as well), behind work that is queued already, so a call cannot be captured in a CUDA graph.
 
 With `main_grad` and `grad_scale` dW goes into the trainer's buffer in the forward and no copy of it
 exists. That is once for each forward that will have a backward: the forward that activation
