@@ -236,10 +236,13 @@ def check(recipe: Recipe, train_from: Path | None = None) -> None:
     """Refuse what cannot run before anything is written, started or discarded.
 
     Raises:
-        ConfigError: a model or layout that cannot run, or too few saved rollouts.
+        ConfigError: a model or layout that cannot run, too few saved rollouts, or too few held-out cases.
     """
     if train_from is not None:
         _check_source(train_from, recipe.steps)
+    unseen = len(split_cases(load_cases()).held_out)
+    if recipe.eval.cases > unseen:
+        raise ConfigError(f"eval.cases = {recipe.eval.cases}, but there are {unseen} held-out cases; lower it")
     check_options(recipe.vllm)
     shape = model_shape(resolve_model(recipe.model.path))
     recipe.check_model(shape.heads, shape.kv_heads, shape.layers, shape.max_positions)

@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 from conftest import session_members, tiny_recipe
 
+from m2train.config import ConfigError
 from m2train.host import free_port
 from m2train.records import Generation
+from m2train.rollout import engine
 from m2train.rollout.engine import EngineError, EnginePool
 from m2train.rollout.server import ServerProcess, to_flags
 
@@ -207,6 +209,15 @@ def test_flags() -> None:
     assert to_flags(options) == [
         *("--max-num-seqs", "4", "--enforce-eager", "--no-async-scheduling", "--d", '{"a": 1}', "--l", "1", "2")
     ]
+
+
+def test_engines_take_the_last_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "on_cpu", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,5")
+    assert engine._devices(1, 2) == [["2", "5"]]
+    assert engine._devices(2, 2) == [["0", "1"], ["2", "5"]]
+    with pytest.raises(ConfigError, match=r"rollout.servers = 3 x rollout.tensor_parallel = 2 take 6 GPUs.*shows 4"):
+        engine._devices(3, 2)
 
 
 def test_affinity_keeps_a_dialogue_on_one_engine(tiny_model: Path, tmp_path: Path) -> None:

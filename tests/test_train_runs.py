@@ -307,6 +307,7 @@ def test_rollouts_apart_from_training_and_a_kill_between(
         (["--set", "learner.tpx=2"], 2, "did you mean learner.tp?"),
         (["--set", "learner.tp=3"], 2, "learner.tp = 3 does not divide the 4 heads and 2 KV heads"),
         (["--set", "model.path=/nowhere"], 2, "/nowhere"),
+        (["--set", "eval.cases=33"], 2, "there are 32 held-out cases"),
         (["--rollouts-only", "--train-from", "x"], 2, "exclude each other"),
         (["--train-from", "/nowhere"], 2, "rollouts of 0 consecutive steps"),
     ],

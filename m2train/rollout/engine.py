@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from m2train.concurrency import gather_or_cancel
-from m2train.config import Recipe
+from m2train.config import ConfigError, Recipe
 from m2train.host import on_cpu
 from m2train.models import model_shape
 from m2train.records import Generation
@@ -375,7 +375,11 @@ def _specs(recipe: Recipe, model: Path, run_dir: Path) -> list[ServerSpec]:
 
 
 def _devices(servers: int, per_server: int) -> list[list[str]] | None:
-    """The last GPUs of the machine go to the engines, the first ones to the learner. Not run on a GPU machine yet."""
+    """The last GPUs of the machine go to the engines, the first ones to the learner. Not run on a GPU machine yet.
+
+    Raises:
+        ConfigError: fewer GPUs than the engines take.
+    """
     if on_cpu():
         return None
     listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -383,6 +387,10 @@ def _devices(servers: int, per_server: int) -> list[list[str]] | None:
     if not names:
         names = [p.name.removeprefix("nvidia") for p in sorted(Path("/dev").glob("nvidia[0-9]*"))]
     if len(names) < servers * per_server:
-        return None
+        raise ConfigError(
+            f"rollout.servers = {servers} x rollout.tensor_parallel = {per_server} take {servers * per_server} GPUs, "
+            f"but this machine shows {len(names)} ({', '.join(names) or 'none'}); lower one of them, or let "
+            "CUDA_VISIBLE_DEVICES name more"
+        )
     names = names[-servers * per_server :]
     return [names[i * per_server : (i + 1) * per_server] for i in range(servers)]
