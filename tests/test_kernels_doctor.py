@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import torch
@@ -70,3 +71,8 @@ def test_libraries_use_the_stable_abi_only(name):
     needed = subprocess.run(["readelf", "-d", spec.origin], capture_output=True, text=True)
     assert "libtorch.so" in needed.stdout
     assert "cudart" not in needed.stdout and "libpython" not in needed.stdout
+
+
+def test_version_is_the_project_s():
+    project = tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert mk.__version__ == project["version"]

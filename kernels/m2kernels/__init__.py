@@ -1,9 +1,11 @@
 """m2kernels: fused operations for training language models with reinforcement learning.
 
 Every op takes ``backend="auto"`` and accepts int32 or int64 integer tensors. ``torch`` is the
-readable reference, ``cpu`` and ``cuda`` are the C++ kernels, ``triton`` the LM head's and the attention's on a GPU.
+readable reference, ``cpu`` and ``cuda`` are the C++ kernels, ``triton`` those of a GPU.
 :func:`doctor` says which of them this machine can run, and why not.
 """
+
+from importlib.metadata import version as _version
 
 from m2kernels.doctor import doctor
 from m2kernels.group_advantage import group_advantage
@@ -27,6 +29,7 @@ __all__ = [
     "PackingWork",
     "PolicyLoss",
     "TreePlan",
+    "__version__",
     "choose_packing",
     "combine_metrics",
     "doctor",
@@ -39,3 +42,5 @@ __all__ = [
     "policy_loss",
     "tree_attention",
 ]
+
+__version__ = _version("m2train")
