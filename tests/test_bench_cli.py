@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -268,10 +269,11 @@ def test_compare_files(monkeypatch, tmp_path, capsys):
 
 
 class FakeMachine:
-    """Two builds whose launches take a fixed time, times a factor that drifts for both alike."""
+    """Two builds whose launches take a fixed time, times a factor that drifts for both alike and one of a process."""
 
-    def __init__(self, slowdown, wrong_side=None):
+    def __init__(self, slowdown, wrong_side=None, uneven=0.0):
         self.slowdown, self.wrong_side, self.clock, self.started = slowdown, wrong_side, 0, []
+        self.uneven, self.dice = uneven, random.Random(0)
 
     @contextmanager
     def workers(self, configs):
@@ -282,6 +284,7 @@ class FakeMachine:
 class FakeWorker:
     def __init__(self, machine, name):
         self.machine, self.name = machine, name
+        self.own = math.exp(machine.uneven * machine.dice.gauss(0, 1))
 
     def ask(self, op, **request):
         if op == "open":
@@ -296,7 +299,7 @@ class FakeWorker:
         assert op == "sample" and request == {"count": 1}
         self.machine.clock += 1
         drift = 1 + 0.3 * math.sin(self.machine.clock / 40) + 0.02 * (self.machine.clock * 7919 % 101 / 101)
-        return [1e-3 * drift * (1 + self.machine.slowdown * (self.name == "b"))]
+        return [1e-3 * drift * self.own * (1 + self.machine.slowdown * (self.name == "b"))]
 
 
 @pytest.mark.parametrize(("slowdown", "verdict"), [(0.0, "SAME"), (0.15, "SLOWER"), (-0.15, "FASTER")])
@@ -311,6 +314,17 @@ def test_compare_builds_sees_through_drift(monkeypatch, cases, tmp_path, slowdow
     assert found.lines[0].judgement.ratio == pytest.approx(1 + slowdown, rel=0.01)
     assert machine.started == [["a", "b"], ["b", "a"], ["a", "b"], ["b", "a"]]
     assert verdict in compare.render(found)
+
+
+@pytest.mark.parametrize(("limit", "pairs"), [(0.1, range(9, 24)), (0.01, [24]), (9.0, [8])])
+def test_noisy_rows_get_more_pairs_until_they_could_show_a_slowdown(monkeypatch, cases, tmp_path, limit, pairs):
+    machine = FakeMachine(0.12, uneven=0.045)
+    monkeypatch.setattr(compare, "workers", machine.workers)
+    monkeypatch.setattr(compare, "build", lambda ref, where, say: Build(ref=ref, sha=ref * 10, site=tmp_path / ref))
+    found = compare.compare("a", "b", compare.CompareOptions(cases=cases, limit=limit), lambda text: None)
+    judged = found.lines[0].judgement
+    assert len(machine.started) == judged.units == len(found.lines[0].ratios)
+    assert judged.units in pairs and (judged.limit <= limit or judged.units == 24)
 
 
 def test_compare_refuses_a_side_that_is_wrong(monkeypatch, cases, tmp_path):

@@ -195,6 +195,9 @@ def compare(
     margin: Annotated[
         float | None, typer.Option(help="effects up to this are SAME; default 0.03 on a CPU, 0.01 on CUDA")
     ] = None,
+    limit: Annotated[
+        float, typer.Option(min=0.0, help="up to three times the pairs for rows whose detection limit is above this")
+    ] = 0.1,
     timer: Annotated[str | None, typer.Option(help="as of run; callgrind compares instructions")] = None,
     cache: Annotated[str, typer.Option(help="cold | warm")] = "warm",
     cases: Cases = None,
@@ -214,6 +217,7 @@ def compare(
         threads=threads,
         pairs=pairs,
         margin=margin if margin is not None else (0.01 if where == "cuda" else 0.03),
+        limit=limit,
     )
     found = comparing.compare(a, b, options, _note)
     typer.echo(comparing.render(found))

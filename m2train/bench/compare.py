@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -36,6 +36,8 @@ SECONDS = 0.6
 MIN_SAMPLE_S = 1e-3
 WARMUP_S = 0.15
 MIN_QUADS, MAX_QUADS = 6, 100
+MORE = 3
+"""How many times the pairs a row may get until its detection limit is what was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +52,9 @@ class CompareOptions:
     threads: int = 1
     pairs: int = 8
     margin: float = 0.03
+    limit: float = 0.1
+    """Rows that would hide a slowdown of this size get more pairs. Their spread alone decides, never the verdict: to
+    stop at the first SLOWER would find one sooner or later."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,26 +136,32 @@ def _compare_builds(a: Build, b: Build, options: CompareOptions, say: Say) -> Co
     logs: dict[str, list[float]] = {}
     missing: dict[str, str] = {}
     places: list[_Place] | None = None
-    for pair in range(options.pairs):
-        say(f"pair {pair + 1} of {options.pairs}")
+    for pair in range(MORE * options.pairs):
+        wanted = None if places is None else [p for p in places if p.name in logs]
+        if wanted is not None and pair >= options.pairs:
+            wanted = [p for p in wanted if _judge(logs[p.name], len(logs), options).limit > options.limit]
+        if wanted == []:
+            break
+        say(
+            f"pair {pair + 1} of {options.pairs}"
+            + (f", {len(wanted)} noisy rows" if wanted and pair >= options.pairs else "")
+        )
         order = (0, 1) if pair % 2 == 0 else (1, 0)  # neither side is always the one that started first
         with workers([configs[i] for i in order]) as started:
             sides = [started[order.index(0)], started[order.index(1)]]
-            if places is None:
+            if wanted is None:
                 places = _places(sides, options, missing)
-            for place in places:
-                if place.name in missing:
-                    continue
+                wanted = [place for place in places if place.name not in missing]
+            for place in wanted:
                 logs.setdefault(place.name, []).append(_pair_ratio(sides, place, options))
     lines = [
-        Line(
-            name=name,
-            judgement=stats.judge_pairs(found, rows=len(logs), margin=options.margin),
-            ratios=[round(math.exp(x), 4) for x in found],
-        )
-        for name, found in logs.items()
+        Line(name=name, judgement=_judge(x, len(logs), options), ratios=[round(math.exp(one), 4) for one in x])
+        for name, x in logs.items()
     ]
-    how = f"{options.pairs} pairs of processes, launches alternating A B B A, timer {options.timer}"
+    how = (
+        f"{options.pairs} pairs of processes, up to {MORE * options.pairs} for rows with a limit above "
+        f"{100 * options.limit:g} %; launches alternating A B B A, timer {options.timer}"
+    )
     return Comparison(
         a=f"{a.ref} ({a.sha[:10]})",
         b=f"{b.ref} ({b.sha[:10]})",
@@ -158,6 +169,10 @@ def _compare_builds(a: Build, b: Build, options: CompareOptions, say: Say) -> Co
         lines=lines,
         missing=[f"{name}: {reason}" for name, reason in missing.items()],
     )
+
+
+def _judge(logs: Sequence[float], rows: int, options: CompareOptions) -> Judgement:
+    return stats.judge_pairs(logs, rows=rows, margin=options.margin)
 
 
 def _places(sides: list[Worker], options: CompareOptions, missing: dict[str, str]) -> list[_Place]:
@@ -275,12 +290,12 @@ def render(found: Comparison) -> str:
     """The verdicts as text."""
     lines = [f"A {found.a}", f"B {found.b}", found.how, ""]
     width = max([3, *(len(line.name) for line in found.lines)])
-    lines.append(f"{'row':<{width}}  verdict  time of B / time of A       limit")
+    lines.append(f"{'row':<{width}}  verdict  time of B / time of A       limit  n")
     for line in found.lines:
         j = line.judgement
         interval = f"x{j.ratio:.3f} [{j.low:.3f}, {j.high:.3f}]"
         limit = f"{100 * j.limit:.1f} %" if math.isfinite(j.limit) else "none"
-        lines.append(f"{line.name:<{width}}  {j.verdict:<7}  {interval:<26}  {limit:>5}")
+        lines.append(f"{line.name:<{width}}  {j.verdict:<7}  {interval:<26}  {limit:>6}  {j.units}")
     lines += [f"not compared: {reason}" for reason in found.missing]
     if found.lines:
         margin = found.lines[0].judgement.margin
@@ -291,6 +306,7 @@ def render(found: Comparison) -> str:
             f"intervals: {100 * (1 - stats.ALPHA):g} % over all {len(found.lines)} rows together (Bonferroni); "
             f"effects up to {100 * margin:g} % are not called",
             f"limit: the smallest slowdown that is called SLOWER with probability {stats.POWER:g}",
+            "n: pairs of processes; of two files, processes of the smaller side",
         ]
     return "\n".join(lines)
 
