@@ -17,6 +17,7 @@ from head_common import (
     budget,
     costs,
     eager,
+    frozen,
     loss_shapes,
     selected_rows,
     trl_log_probs,
@@ -39,7 +40,7 @@ def token_losses(logp: Any, old: Any, advantage: Any) -> torch.Tensor:
 
 @case(
     "linear_policy_loss",
-    shapes=loss_shapes(),
+    shapes=loss_shapes() | frozen(("smollm2-135m-2048-35pct", "qwen3-1.7b-256-35pct")),
     dtypes=(torch.bfloat16, torch.float32),
     smoke=("smollm2-135m-128-50pct",),
     nightly=NIGHTLY,
@@ -126,7 +127,7 @@ def linear_policy_loss(s: Setup) -> Case:
         oracle=chunked(8 * budget(s)),
         inputs=inputs,
         grad=torch.ones((), device=s.device),
-        wrt=(0, 1),
+        wrt=(0,) if s.dims.get("frozen") else (0, 1),
         impls=impls,
         baseline=baseline(s),
         ours=("m2", "m2-two-ops"),

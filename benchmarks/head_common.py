@@ -50,6 +50,11 @@ NIGHTLY = tuple(name for name in loss_shapes() if "16384" in name or ("32768" in
 FIRST = ("qwen3-8b-4096-35pct", "qwen3-8b-4096-100pct")
 
 
+def frozen(names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Shapes whose weight has no gradient (adapters), so that a peak of memory is the method's and not that of dW."""
+    return {f"{name}-frozen": loss_shapes()[name] | {"frozen": True} for name in names}
+
+
 def gemm_flops(s: Setup, rows: int) -> float:
     flops = 2.0 * rows * s.D * s.V
     if s.device.type == "cpu" and flops > CPU_LIMIT:
@@ -93,34 +98,37 @@ class ChunkedLoss(torch.autograd.Function):
         parts = max(1, -(-rows * len(weight) * 4 // int(budget)))
         step = -(-rows // parts)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        needs = any(ctx.needs_input_grad)
+        needs, trained = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
         total = hidden.new_zeros((), dtype=wide)
         to_hidden, to_weight = torch.empty_like(hidden), None
         for start in range(0, rows, step):
             part = slice(start, start + step)
             h, w = hidden[part].detach(), weight.detach()
             with torch.set_grad_enabled(needs):
-                leaves = [h.requires_grad_(needs), w.requires_grad_(needs)]
+                leaves = [h.requires_grad_(needs), w.requires_grad_(trained)]
                 log_p = F.linear(*leaves).to(wide).log_softmax(-1)
                 value = loss(log_p.gather(1, target[part, None])[:, 0], part).sum()
             total += value.detach()
             if not needs:
                 continue
-            to_hidden[part], dw = torch.autograd.grad(value, leaves)
+            to_hidden[part], *rest = torch.autograd.grad(value, leaves if trained else leaves[:1])
+            if not trained:
+                continue
+            dw = rest[0]
             if parts == 1:
                 to_weight = dw
             elif to_weight is None:
                 to_weight = dw.to(wide)
             else:
                 to_weight += dw
-        ctx.grads = (to_hidden, to_weight.to(weight.dtype)) if to_weight is not None else None
+        ctx.grads = (to_hidden, None if to_weight is None else to_weight.to(weight.dtype))
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         to_hidden, to_weight = ctx.grads
         if float(grad) != 1.0:
-            to_hidden, to_weight = to_hidden * grad, to_weight * grad
+            to_hidden, to_weight = to_hidden * grad, None if to_weight is None else to_weight * grad
         return to_hidden, to_weight, None, None, None
 
 
@@ -142,8 +150,9 @@ def costs(s: Setup, rows: int) -> dict[str, Any]:
     """What any method must move and multiply; three GEMMs with gradients. A narrow dW may be summed in float32."""
     flops, size = gemm_flops(s, rows), s.dtype.itemsize
     moved = (rows * s.D + s.V * s.D) * size
+    trained = not s.dims.get("frozen")
     return {
-        "bytes": {"fwd": moved, "both": 2.0 * moved + s.N * s.D * size},
-        "flops": {"fwd": flops, "both": 3 * flops},
-        "allowance": {"both": 4.0 * s.V * s.D if size < 4 else 0.0},
+        "bytes": {"fwd": moved, "both": (2.0 if trained else 1.0) * moved + s.N * s.D * size},
+        "flops": {"fwd": flops, "both": (3 if trained else 2) * flops},
+        "allowance": {"both": 4.0 * s.V * s.D if size < 4 and trained else 0.0},
     }
