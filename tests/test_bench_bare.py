@@ -32,8 +32,8 @@ class Bare:
 
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
-        # Case files may import one another.
-        if top not in THERE and not top.startswith(("bench_", "_sysconfigdata")):
+        # Case files may import one another, and what they share.
+        if top not in THERE and not top.startswith(("bench_", "head_common", "_sysconfigdata")):
             return None
         return self._finder.find_spec(name, path, target)
 
