@@ -119,7 +119,12 @@ def test_a_scheduler_s_sigterm_ends_the_run_cleanly(recipe: Path, saved: Path, t
     assert json.loads((tmp_path / "run" / "status.json").read_text())["cause"] == "interrupted"
 
 
-def killed_anywhere(moment: int, recipe: Path, saved: Path, unbroken: list[dict[str, Any]], tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("moment", range(20))
+def test_a_kill_at_a_random_moment(
+    moment: int, recipe: Path, saved: Path, unbroken: list[dict[str, Any]], tmp_path: Path
+) -> None:
     """One kill at a random time of a run's life, then a resume."""
     delay = random.Random(moment).uniform(0.5, 16.0)
     run = TaggedRun("train", recipe, "--train-from", saved, "--run-dir", tmp_path / "run")
@@ -128,23 +133,6 @@ def killed_anywhere(moment: int, recipe: Path, saved: Path, unbroken: list[dict[
     assert run.survivors() == []
     resume(recipe, tmp_path / "run", "--train-from", saved)
     assert_same(rows(tmp_path / "run"), unbroken)
-
-
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("moment", range(1))
-def test_a_kill_at_a_random_moment(
-    moment: int, recipe: Path, saved: Path, unbroken: list[dict[str, Any]], tmp_path: Path
-) -> None:
-    killed_anywhere(moment, recipe, saved, unbroken, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("moment", range(1, 20))
-def test_a_kill_at_more_random_moments(
-    moment: int, recipe: Path, saved: Path, unbroken: list[dict[str, Any]], tmp_path: Path
-) -> None:
-    killed_anywhere(moment, recipe, saved, unbroken, tmp_path)
 
 
 # Every process of the run counts renames below the run directory in one file; the one that makes the n-th kills the
@@ -319,7 +307,7 @@ def test_mistakes_end_in_one_line(args: list[str], code: int, words: str, recipe
     assert "Traceback" not in out
 
 
-@pytest.mark.parametrize("size", ["100k", "1m"])
+@pytest.mark.parametrize("size", ["100k", pytest.param("1m", marks=pytest.mark.slow)])
 def test_a_full_disk_ends_the_run_with_its_cause(recipe: Path, saved: Path, tmp_path: Path, size: str) -> None:
     """A disk that fills up in Megatron's writer, in its first bytes and later."""
     run_dir = tmp_path / "run"
