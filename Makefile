@@ -17,34 +17,25 @@ NATIVE  := $(VENV)/.native-$(MODULES)
 TRITONS     := 3.6.0 3.7.1
 TRITON_TEST := .triton/$(lastword $(TRITONS))
 
-.PHONY: demo test test-all test-quick test-whole test-triton test-triton-quietly setup lint types check-sm90 check-sm90-cuda check-sm90-triton
+.PHONY: demo test test-all test-triton setup lint types check-sm90 check-sm90-cuda check-sm90-triton
 .PHONY: wheel wheel-check gpu-check gpu-wheels clean
 demo: setup
 	$(VENV)/bin/m2train train recipes/demo.toml --run-dir runs/demo-$(SEED) --set seed=$(SEED) --restart
 
-# Two cores are enough for two runs of pytest: what runs in Triton's interpreter, and all else.
-test: $(VENV)/.dev $(TRITON_TEST)/.done
-	$(MAKE) --no-print-directory -j2 test-triton-quietly test-quick
+# Two processes of one thread each; tests that share a costly fixture, the vLLM server above all, share a process.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
 
-test-all: $(VENV)/.dev $(TRITON_TEST)/.done
-	$(MAKE) --no-print-directory -j2 test-triton-quietly test-whole
+test: $(VENV)/.dev test-triton
+	$(PYTEST) -m "not slow"
 
-test-quick:
-	$(PY) -m pytest -q -m "not slow"
+test-all: $(VENV)/.dev test-triton
+	$(PYTEST)
 
-test-whole:
-	$(PY) -m pytest -q
-
-# The Triton kernels in Triton's interpreter, on CPU tensors: a process of its own, for the mode is fixed at import.
+# The Triton kernels in Triton's interpreter, on CPU tensors: apart, for the mode is fixed at import.
 test-triton: $(VENV)/.dev $(TRITON_TEST)/.done
-	$(TEST_TRITON)
-
-# Beside another run its output comes in one piece, at its end.
-test-triton-quietly:
-	@$(TEST_TRITON) >.triton/test.log 2>&1; code=$$?; echo; cat .triton/test.log; exit $$code
-
-TEST_TRITON = TRITON_INTERPRET=1 PYTHONPATH=$(TRITON_TEST) $(PY) -m pytest -q -k triton \
-    $(wildcard tests/test_triton_*.py) tests/test_policy_loss.py tests/test_group_advantage.py tests/dist/test_head_tp.py
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON_TEST) $(PYTEST) -k triton \
+	    $(wildcard tests/test_triton_*.py) tests/test_policy_loss.py tests/test_group_advantage.py \
+	    tests/dist/test_head_tp.py
 
 setup: $(NATIVE)
 

@@ -5,38 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from head_common import (
-    DEVICE,
-    EPS,
-    FIRST,
-    NIGHTLY,
-    ChunkedLoss,
-    baseline,
-    budget,
-    costs,
-    loss_shapes,
-    selected_rows,
-)
+from head_common import LOSS_CASE, ChunkedLoss, budget, loss_settings, loss_shapes, selected_rows, torch_lce, whole
 from torch.nn import functional as F
 
 import m2kernels as mk
 from m2train.bench import peers
-from m2train.bench.case import Case, Fn, Setup, Skip, case
+from m2train.bench.case import Case, Fn, Setup, case
 
 
-@case(
-    "linear_nll",
-    shapes=loss_shapes(),
-    dtypes=(torch.bfloat16, torch.float32),
-    smoke=("smollm2-135m-128-50pct",),
-    nightly=NIGHTLY,
-    first=FIRST,
-)
+@case("linear_nll", shapes=loss_shapes(), **LOSS_CASE)
 def linear_nll(s: Setup) -> Case:
     """Mean negative log-prob at some rows: supervised heads compute nothing else, so here they are peers."""
     rows = selected_rows(s, s.M / s.N)
     count = len(rows)
-    stated = costs(s, count)
     inputs = (s.randn(s.N, s.D), s.randn(s.V, s.D, scale=3 * s.D**-0.5), s.randint(s.V, count), rows)
     seq, ones = torch.zeros_like(rows), torch.ones(1, device=s.device)
 
@@ -63,26 +44,18 @@ def linear_nll(s: Setup) -> Case:
         options = torch.nn.LinearCrossEntropyOptions()
         return F.linear_cross_entropy(hidden.index_select(0, rows), weight, target, options=options)
 
-    there = hasattr(torch.nn, "LinearCrossEntropyOptions")
-    old = Skip(f"torch {torch.__version__} has no chunked F.linear_cross_entropy")
     return Case(
         oracle=chunked(8 * budget(s)),
         inputs=inputs,
-        grad=torch.ones((), device=s.device),
-        wrt=(0, 1),
         impls={
             "m2": m2,
-            "torch": full if baseline(s) == "torch" else Skip("full logits of all rows do not fit"),
+            "torch": whole(s, full),
             "torch-chunked": chunked(budget(s)),
-            "torch-lce": torch_own if there else old,
+            "torch-lce": torch_lce(torch_own),
             "cce": peers.peer("cce", s.device, "cut_cross_entropy", lambda m: _mean_on_rows(m.linear_cross_entropy)),
             "quack": peers.peer("quack", s.device, "quack.linear_cross_entropy", _quack),
         },
-        baseline=baseline(s),
-        eps=EPS[s.dtype],
-        pure=s.V * s.D * 4 < 1e9,
-        **stated,
-        **DEVICE,
+        **loss_settings(s, count),
     )
 
 

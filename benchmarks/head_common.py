@@ -48,6 +48,13 @@ def loss_shapes() -> dict[str, dict[str, Any]]:
 
 NIGHTLY = tuple(name for name in loss_shapes() if "16384" in name or ("32768" in name and "qwen2.5" not in name))
 FIRST = ("qwen3-8b-4096-35pct", "qwen3-8b-4096-100pct")
+LOSS_CASE: dict[str, Any] = {
+    "dtypes": (torch.bfloat16, torch.float32),
+    "smoke": ("smollm2-135m-128-50pct",),
+    "nightly": NIGHTLY,
+    "first": FIRST,
+}
+"""What `case` is told of each loss."""
 
 
 def frozen(names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -144,6 +151,30 @@ def budget(s: Setup) -> float:
 
 def baseline(s: Setup) -> str:
     return "torch" if 4.0 * s.N * s.V < EAGER_BYTES else "torch-chunked"
+
+
+def whole(s: Setup, full: Fn) -> Fn | Skip:
+    """A method that holds the logits of all rows, where that is the baseline."""
+    return full if baseline(s) == "torch" else Skip("full logits of all rows do not fit")
+
+
+def torch_lce(run: Fn) -> Fn | Skip:
+    """A method built on torch's chunked head, where the installed torch has one."""
+    there = hasattr(torch.nn, "LinearCrossEntropyOptions")
+    return run if there else Skip(f"torch {torch.__version__} has no chunked F.linear_cross_entropy")
+
+
+def loss_settings(s: Setup, rows: int) -> dict[str, Any]:
+    """What the cases of a loss tell `Case` alike."""
+    return {
+        "grad": torch.ones((), device=s.device),
+        "wrt": (0,) if s.dims.get("frozen") else (0, 1),
+        "baseline": baseline(s),
+        "eps": EPS[s.dtype],
+        "pure": s.V * s.D * 4 < 1e9,  # a second set of inputs and their float64 gradients would be 10 GB
+        **costs(s, rows),
+        **DEVICE,
+    }
 
 
 def costs(s: Setup, rows: int) -> dict[str, Any]:

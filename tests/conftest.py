@@ -18,8 +18,19 @@ if interpreting() and triton_reason("cpu") is None:
 
     triton_interpreter.mend()
 
+# Under pytest-xdist, which file goes first: one process gets it, the other all the short ones.
+LONGEST = "test_train_runs.py"
+
 T = TypeVar("T")
 Runner = Callable[[Awaitable[T]], T]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `--dist loadgroup`: one vLLM server a run, and a module's fixtures once."""
+    for item in items:
+        group = "engine" if "pool" in getattr(item, "fixturenames", ()) else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.path.name != LONGEST)
 
 
 def tiny_recipe(**rollout: Any) -> Recipe:

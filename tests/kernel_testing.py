@@ -1,4 +1,4 @@
-"""The one comparison that kernel tests use: a kernel against float64, with torch as yardstick.
+"""What kernel tests share: above all the one comparison, of a kernel with float64, with torch as yardstick.
 
 A kernel passes when its error is at most `ratio` times the error of plain torch at the same dtype,
 plus `eps` of the oracle's largest value. Both are measured against a float64 oracle, so neither a
@@ -6,6 +6,8 @@ loose tolerance nor a weak reference can hide a wrong result.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -13,6 +15,17 @@ import torch
 def device_of(backend: str) -> str:
     """Where the tensors of this backend's tests live: Triton without a GPU runs in its interpreter."""
     return "cuda" if backend == "cuda" or (backend == "triton" and torch.cuda.is_available()) else "cpu"
+
+
+@contextmanager
+def threads(num: int) -> Iterator[None]:
+    """torch's threads, whatever the run was started with."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _finite_pattern_equal(x: torch.Tensor, y: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from head_cases import HeadCase, make_case, plain_torch, run_op, run_oracle, run_torch
-from kernel_testing import assert_kernel
+from kernel_testing import assert_kernel, threads
 
 import m2kernels as mk
 from m2kernels._native import ISA_NAMES, cpu_isa
@@ -294,13 +294,10 @@ def test_forward_is_the_same_to_the_bit_in_any_batch(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_run_to_run_and_threads(backend, dtype):
     case = make_case(60, 96, 3000, 200, dtype)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (2, 2, 1) if backend == "cpu" else (2, 2):
-            torch.set_num_threads(threads)
+    results = []
+    for num in (2, 2, 1) if backend == "cpu" else (2, 2):
+        with threads(num):
             results.append(run_op(case, mk.linear_logprob, backend=backend, chunk_bytes=1))
-    finally:
-        torch.set_num_threads(before)
     for other in results[1:]:
         assert torch.equal(other.logp, results[0].logp) and torch.equal(other.entropy, results[0].entropy)
     for a, b in zip(results[0].grads, results[1].grads, strict=True):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from kernel_testing import assert_kernel, device_of
+from kernel_testing import assert_kernel, device_of, threads
 from policy_cases import LENGTHS, SPECS, for_spec, ids, make_case, oracle_run, run
 
 import m2kernels as mk
@@ -198,14 +198,10 @@ def test_micro_batches_add_up(spec):
 def test_thread_count_changes_nothing(spec):
     case = for_spec(make_case([700] * 30), spec)
     results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
+    for num in (1, 3):
+        with threads(num):
             loss, grad, _, metrics = run(case, spec, 100.0, backend="cpu")
-            results.append((loss, grad, torch.stack(list(metrics.values()))))
-    finally:
-        torch.set_num_threads(before)
+        results.append((loss, grad, torch.stack(list(metrics.values()))))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
