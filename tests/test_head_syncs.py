@@ -73,7 +73,7 @@ def make_problem(rows):
         torch.randn(ROWS, DEPTH, generator=g), torch.randn(VOCAB, DEPTH, generator=g), None,
         torch.randint(0, VOCAB - 9, (ROWS,), generator=g),
         torch.randint(0, ROWS, (ROWS,), generator=g) if rows else None, None, 1.0, None, VOCAB - 9, 0, None, "torch",
-        4 * VOCAB * ROWS // CHUNKS, True, torch.float32,
+        4 * VOCAB * ROWS // CHUNKS, torch.float32,
     )  # fmt: skip
 
 

@@ -310,7 +310,7 @@ def head_arguments(case, backend):
     per_row = options["temperature"] if isinstance(options["temperature"], torch.Tensor) else None
     return (
         case.hidden, case.weight, options["bias"], case.target, options["rows"], per_row, 1.0, options["softcap"],
-        options["vocab_size"], 0, None, backend, 1 << 20, True, case.weight.dtype,
+        options["vocab_size"], 0, None, backend, 1 << 20, case.weight.dtype,
     )  # fmt: skip
 
 

@@ -370,7 +370,7 @@ def test_opcheck(requires_grad):
     hidden, weight = (x.detach().requires_grad_(requires_grad) for x in leaves)
     args = (
         hidden, weight, None, case["target"], case["rows"], case["temperature"], 1.0, None, case["vocab_size"], 0,
-        None, "cpu", 1 << 20, True, torch.float32, case["old_logp"], case["advantage"], case["seq"], None, None,
+        None, "cpu", 1 << 20, torch.float32, case["old_logp"], case["advantage"], case["seq"], None, None,
         "grpo", "none", "token", [0.2, 0.28, float("nan"), 0.0, 0.0, float("nan")], False, 3.0, None,
         [requires_grad, requires_grad, False],
     )  # fmt: skip

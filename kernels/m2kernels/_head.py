@@ -28,7 +28,7 @@ model. The argument ``chunk_bytes`` overrides it; results of the forward do not 
 HEAD_SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? rows, Tensor? temperatures, "
     "float temperature, float? softcap, int? vocab_size, int vocab_start, str? group, str backend, "
-    "int chunk_bytes, bool invariant, ScalarType dtype"
+    "int chunk_bytes, ScalarType dtype"
 )
 
 
@@ -50,7 +50,6 @@ class HeadProblem:
         group: name of the tensor-parallel process group, or None.
         backend: one of HEAD_BACKENDS.
         chunk_bytes: budget of a chunk's logits.
-        invariant: see HeadKernels.
         dtype: of the GEMMs; hidden and weight are converted to it.
     """
 
@@ -67,7 +66,6 @@ class HeadProblem:
     group: str | None
     backend: str
     chunk_bytes: int
-    invariant: bool
     dtype: torch.dtype
 
     def args(self) -> tuple[Any, ...]:
@@ -102,15 +100,15 @@ def head_reason(backend: str, hidden: torch.Tensor | None = None, dtype: torch.d
     return machine_reason("cpu")
 
 
-def head_kernels(backend: str, *, invariant: bool) -> HeadKernels:
+def head_kernels(backend: str) -> HeadKernels:
     """The kernels of a backend that :func:`head_reason` has passed."""
     if backend == "torch":
-        return TorchHead(invariant=invariant)
+        return TorchHead()
     if backend == "cpu":
         from m2kernels._head_cpu import CpuHead
 
-        return CpuHead(invariant=invariant)
-    kernels: HeadKernels = importlib.import_module("m2kernels._head_triton").TritonHead(invariant=invariant)
+        return CpuHead()
+    kernels: HeadKernels = importlib.import_module("m2kernels._head_triton").TritonHead()
     return kernels
 
 
@@ -120,7 +118,7 @@ class Head:
     def __init__(self, problem: HeadProblem) -> None:
         self.problem = problem
         self.num_rows = problem.target.shape[0]
-        self.kernels = head_kernels(problem.backend, invariant=problem.invariant)
+        self.kernels = head_kernels(problem.backend)
         self.weight = self.kernels.prepare(problem.weight.detach().to(problem.dtype))
         self.hidden = problem.hidden.detach()
         self.bias = None if problem.bias is None else problem.bias.detach().contiguous()

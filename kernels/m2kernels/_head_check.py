@@ -105,7 +105,6 @@ def make_problem(
     vocab_start: int,
     backend: str,
     chunk_bytes: int | None,
-    invariant: bool,
 ) -> HeadProblem:
     """Arguments of the public function -> those of the op; raises ValueError."""
     _check_tensors(op, hidden, weight, target, rows, bias)
@@ -127,5 +126,5 @@ def make_problem(
     chosen = choose_backend(op, backend, lambda name: head_reason(name, hidden, dtype), HEAD_BACKENDS)
     return HeadProblem(
         hidden, weight, bias, target, rows, temperatures, scalar, softcap, vocab_size, vocab_start,
-        group_name(tp_group), chosen, budget, invariant, dtype,
+        group_name(tp_group), chosen, budget, dtype,
     )  # fmt: skip

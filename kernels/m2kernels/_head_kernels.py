@@ -95,15 +95,10 @@ class HeadKernels:
         tile: width of a vocabulary tile. Results are the same to the bit for every tensor-parallel
             degree whose shards begin at multiples of it.
         row_step: chunks are multiples of this many rows, as far as the rows allow.
-        invariant: a row's statistics must not depend, to the bit, on the other rows of the chunk.
     """
 
     tile: int
     row_step: int = 1
-
-    def __init__(self, *, invariant: bool = True) -> None:
-        """Keep the setting; allocate nothing."""
-        self.invariant = invariant
 
     def prepare(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight [Vl, D], or a copy whose layout the kernels can read: once a call, not once a chunk."""

@@ -203,7 +203,11 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 
 class TritonHead(HeadKernels):
-    """Backend ``triton``. Its forward is invariant always; there is no faster mode."""
+    """Backend ``triton``. Its forward is invariant always; there is no faster mode.
+
+    Tiles are fixed for the tensor cores' sake anyway, so all that invariance gives up is what a GPU might win for few
+    rows by splitting K or by another shape: nobody has measured that here.
+    """
 
     tile: int = TILE
     row_step: int = _HALF.block_m

@@ -221,7 +221,6 @@ def linear_policy_loss(
     grad_scale: float | None = None,
     backend: str = "auto",
     chunk_bytes: int | None = None,
-    invariant: bool = True,
 ) -> LinearPolicyLoss:
     """Policy loss of M tokens, given the hidden states that predict them; gradients are formed here.
 
@@ -256,7 +255,7 @@ def linear_policy_loss(
     problem = make_problem(
         _OP, hidden, weight, target, rows=rows, bias=bias, temperature=temperature, softcap=softcap,
         vocab_size=vocab_size, tp_group=tp_group, vocab_start=vocab_start, backend=backend,
-        chunk_bytes=chunk_bytes, invariant=invariant,
+        chunk_bytes=chunk_bytes,
     )  # fmt: skip
     like = torch.empty(target.shape[0], dtype=torch.float32, device=hidden.device)
     given = {"old_logp": old_logp, "rollout_logp": rollout_logp, "ref_logp": ref_logp}

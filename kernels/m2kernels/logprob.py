@@ -53,7 +53,7 @@ def _prepare(
 def _fwd(*args: Any) -> tuple[torch.Tensor, ...]:
     logits, target, temperatures, temperature, start, group, backend, entropy = args
     dense, settings = _prepare(logits, target, temperatures, temperature, start)
-    kernels = head_kernels(backend, invariant=True)
+    kernels = head_kernels(backend)
     vocab = VocabGroup(group, start, logits.shape[1], kernels, logits)
     rows = vocab.merge(kernels.tile_stats(dense, settings, entropy=entropy), settings.target)
     measured = rows.logp.new_empty(0) if rows.entropy is None else rows.entropy.clone()
@@ -71,7 +71,7 @@ def _bwd(*args: Any) -> torch.Tensor:
     logits, target, temperatures, temperature, start, _, backend = rest
     dense, settings = _prepare(logits, target, temperatures, temperature, start)
     rows = RowStats(log_norm, low, logp, entropy if entropy.numel() else None)
-    return head_kernels(backend, invariant=True).logits_grad(dense, settings, rows, Upstream(grad_logp, grad_entropy))
+    return head_kernels(backend).logits_grad(dense, settings, rows, Upstream(grad_logp, grad_entropy))
 
 
 @_fwd.register_fake
