@@ -45,6 +45,21 @@ def forests(draw, max_sequences=12, max_new=40, alphabet=3):
     return out, keys
 
 
+def long_forest(seed, total, longest):
+    """`total` tokens in sequences that begin as another does, or anew, and go on for up to `longest` of their own."""
+    rng = np.random.default_rng(seed)
+    out = []
+    while total > 0:
+        start = np.empty(0, dtype=np.int64)
+        if out and rng.random() < 0.8:
+            other = out[rng.integers(len(out))]
+            start = other[: rng.integers(len(other) + 1)]
+        new = int(min(rng.integers(1, longest + 1), total))
+        out.append(np.concatenate([start, rng.integers(0, 150_000, new)]))
+        total -= new
+    return out
+
+
 def prefix_ids(sequences, keys=None):
     """For each sequence the number of each of its prefixes, equal for equal ones under one key: a trie of dicts."""
     known, out = {}, []

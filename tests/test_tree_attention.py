@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from forests import dialogues, forests, replies
-from hypothesis import given, settings
+from forests import dialogues, forests, long_forest, replies
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernel_testing import assert_kernel, threads
 from torch.nn import functional as F
-from tree_cases import EPS, assert_matches, inputs, oracle, run
+from tree_cases import EPS, assert_matches, assert_sampled, inputs, leaf_oracle, oracle, run
 
 import m2kernels as mk
 
@@ -33,6 +33,41 @@ def test_any_forest(backend, case, seed):
         assert_matches(xs, d, plan, backend, scale=0.3)
 
 
+def assert_long(seed, total, longest, dtype):
+    plan = mk.plan_tree(long_forest(seed, total, longest))
+    xs, d = inputs(plan.num_rows, (2, 1), 16, dtype, seed)
+    assert_matches(xs, d, plan, *BACKENDS, exact=leaf_oracle)
+
+
+LONG = {
+    "seed": st.integers(0, 2**32 - 1),
+    "total": st.integers(1, 2048),
+    "longest": st.sampled_from([30, 200, 900]),
+    "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
+}
+
+
+@settings(max_examples=2, deadline=None)
+@example(seed=3, total=2048, longest=200, dtype=torch.float32)
+@given(**LONG)
+def test_forests_of_two_thousand_tokens(seed, total, longest, dtype):
+    assert_long(seed, total, longest, dtype)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(**LONG)
+def test_many_forests_of_two_thousand_tokens(seed, total, longest, dtype):
+    assert_long(seed, total, longest, dtype)
+
+
+def test_the_oracle_by_leaf_is_the_oracle():
+    plan = mk.plan_tree(dialogues(2, 3, 9, 5, 2, 3) + [[1, 2], [1], [], [1, 2]])
+    xs, d = inputs(plan.num_rows, (4, 2), 8, torch.float64)
+    for mine, true in zip(leaf_oracle(xs, d, plan, 0.3), oracle(xs, d, plan, 0.3), strict=True):
+        assert float((mine - true).detach().abs().max()) < 1e-13
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_scores(backend):
     """|scores| to several hundred: no exponential may overflow, in the padding of a stack neither."""
@@ -49,26 +84,25 @@ def test_large_scores(backend):
     [dialogues(3, 5, 700, 130, 40, 90), replies(4, 16, 300, 257), dialogues(1, 40, 129, 64, 3, 20)],
     ids=["dialogues", "replies", "deep"],
 )
-def test_large_forests_on_sampled_rows(sequences):
-    """Forward of the cpu backend on rows of thousands, against each sampled row's own path."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_forests_on_sampled_rows(sequences, dtype):
+    """Of the cpu backend: results, and what gradients the sampled rows send up their paths of thousands."""
     plan = mk.plan_tree(sequences)
-    q, k, v = (x.detach() for x in inputs(plan.num_rows, (3, 1), 32, torch.float32)[0])
-    out = mk.tree_attention(q, k, v, plan, backend="cpu")
+    xs, d = inputs(plan.num_rows, (3, 1), 32, dtype)
     g = torch.Generator().manual_seed(1)
+    paths = {}
     for i in torch.randint(0, len(sequences), (8,), generator=g).tolist():
         path = plan.rows(i).long()
-        for place in torch.randint(0, len(path), (8,), generator=g).tolist():
-            keys = path[: place + 1]
-            p = (k[keys, 0].double() @ q[path[place]].double().t() * 32**-0.5).softmax(dim=0)
-            assert float((p.t() @ v[keys, 0].double() - out[path[place]]).abs().max()) < 1e-5
+        for place in [*torch.randint(0, len(path), (5,), generator=g).tolist(), len(path) - 1]:
+            paths[int(path[place])] = path[: place + 1]
+    assert_sampled(xs, d, plan, "cpu", list(paths.values()))
 
 
-def test_backends_agree_on_two_thousand_rows():
+def test_two_thousand_rows():
     plan = mk.plan_tree(dialogues(3, 5, 300, 60, 20, 40) + replies(2, 4, 90, 48))
     assert plan.num_rows > 2000
-    xs, d = inputs(plan.num_rows, (4, 2), 32, torch.float64)
-    for mine, theirs in zip(run(xs, d, plan, "cpu"), run(xs, d, plan, "torch"), strict=True):
-        assert float((mine - theirs).detach().abs().max()) < 1e-12
+    xs, d = inputs(plan.num_rows, (4, 2), 32, torch.float32)
+    assert_matches(xs, d, plan, *BACKENDS, exact=leaf_oracle)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
