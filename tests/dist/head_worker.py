@@ -99,6 +99,29 @@ def run(x: dict[str, torch.Tensor], cuts: list[int], group: dist.ProcessGroup, b
     return out
 
 
+def real_size(groups: dict[int, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Forward of a real head, 49152 x 576, for a few rows over 1, 2 and 4 ranks; torch's in dtype and float64."""
+    g = torch.Generator().manual_seed(1)
+    vocab, depth, rows = 49152, 576, 7
+    hidden = torch.randn(rows, depth, generator=g).to(dtype)
+    weight = torch.empty(vocab, depth).uniform_(-0.15, 0.15, generator=g).to(dtype)
+    target = torch.randint(0, vocab, (rows,), generator=g)
+    found: dict[str, Any] = {}
+    for size, group in groups.items():
+        width = vocab // size
+        start = dist.get_rank(group) * width
+        mine = weight[start : start + width]
+        found[f"tp{size}"] = mk.linear_logprob(
+            hidden, mine, target, entropy=True, tp_group=group, vocab_start=start, backend="cpu"
+        )[:2]
+    if dist.get_rank() == 0:
+        for name, x in (("plain", dtype), ("exact", torch.float64)):
+            logits = torch.cat([hidden.to(x) @ part.to(x).T for part in weight.split(8192)], dim=1)
+            log_p = logits.to(torch.promote_types(x, torch.float32)).log_softmax(-1)
+            found[name] = log_p.gather(1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    return found
+
+
 def collectives(x: dict[str, torch.Tensor], cuts: list[int], group: dist.ProcessGroup) -> list[int]:
     """How many collectives each of these takes, after the first call over this group: an op's forward, in one chunk
     and in two; the forward and backward of the loss."""
@@ -156,6 +179,8 @@ def main(folder: Path, backend: str) -> None:
         cuts = CUTS["tp4 aligned, of unequal widths"]
         results["collectives"] = collectives(inputs(torch.float32), cuts, groups[4])
         results["wrong shards"] = wrong_shards(inputs(torch.float32), groups[2])
+        for dtype in (torch.float32, torch.bfloat16):
+            results["real size", dtype] = real_size(groups, dtype)
     if dist.get_rank() == 0:
         torch.save(results, folder / "head.pt")
     dist.destroy_process_group()

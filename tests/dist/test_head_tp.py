@@ -82,6 +82,14 @@ def test_aligned_shards_are_equal_to_the_bit(results, layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_head_of_real_size_is_equal_to_the_bit(results, dtype):
+    found = results["real size", dtype]
+    for k, name in enumerate(("logp", "entropy")):
+        assert_kernel(name, found["tp1"][k], found["plain"][k], found["exact"][k])
+        assert torch.equal(found["tp2"][k], found["tp1"][k]) and torch.equal(found["tp4"][k], found["tp1"][k]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", UNEVEN)
 def test_shards_that_cut_tiles_are_within_two_ulp(results, layout, dtype):
     assert_two_ulp(results, layout, dtype)
