@@ -1,9 +1,10 @@
 """Packed batches and loss specs that the policy-loss tests share, and how one is run."""
 
+import pytest
 import torch
 
 import m2kernels as mk
-from m2kernels.reference import policy_loss_ref
+from m2kernels.reference import policy_loss_ref, policy_metrics_ref
 
 # Lengths: 1 (a sequence of one token), 0 (an id without tokens), more than a tile of 64, and a
 # total that is no multiple of any block.
@@ -82,6 +83,16 @@ def run(case, spec, denom, dtype=torch.float32, device="cpu", fn=mk.policy_loss,
     loss.backward()
     entropy_grad = args["entropy"].grad if "entropy" in args else None
     return loss.detach().cpu(), args["logp"].grad, entropy_grad, metrics
+
+
+def assert_metrics(got, case, spec):
+    """Against float64: 1e-6 of the value, or 1e-7 a token where values of both signs are summed."""
+    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in case.items()}
+    want = policy_metrics_ref(**wide, spec=spec)
+    assert got.keys() == want.keys()
+    for key, exact in want.items():
+        tokens = max(want["num_tokens"], 1) if key.startswith("raw/") else 1
+        assert float(got[key]) == pytest.approx(exact, rel=1e-6, abs=1e-7 * tokens), key
 
 
 def oracle_run(case, spec, denom):

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from kernel_testing import assert_kernel, device_of, threads
-from policy_cases import LENGTHS, SPECS, for_spec, ids, make_case, oracle_run, run
+from policy_cases import LENGTHS, SPECS, assert_metrics, for_spec, ids, make_case, oracle_run, run
 
 import m2kernels as mk
 from m2kernels._native import ISA_NAMES, cpu_isa
@@ -37,9 +37,12 @@ def test_oracle(backend, spec, per_token):
         assert_kernel("grad_entropy", got[2], plain[2], entropy_grad)
     if spec == mk.LossSpec():  # the case must meet both clips, or their bounds go untested
         assert min(float(got[3]["clip_frac_low"]), float(got[3]["clip_frac_high"])) > 0.02
-    for key, value in got[3].items():
-        expected = float(plain[3][key])
-        assert float(value) == pytest.approx(expected, rel=2e-5, abs=2e-6), key
+    assert_metrics(got[3], case, spec)
+    assert_metrics(plain[3], case, spec)
+    # What the loss does not need is measured where it is given.
+    whole = make_case(LENGTHS, per_token=per_token, seed=1)
+    assert_metrics(run(whole, spec, 17.0, device=device, backend=backend)[3], whole, spec)
+    assert_metrics(run(whole, spec, 17.0, backend="torch")[3], whole, spec)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -54,6 +57,8 @@ def test_on_policy_has_a_gradient(backend, kind):
     assert_kernel("loss", got[0], plain[0], loss)
     assert_kernel("grad_logp", got[1], plain[1], grad)
     assert float(got[1].abs().max()) > 0
+    assert_metrics(got[3], case, spec)
+    assert_metrics(plain[3], case, spec)
     assert float(got[3]["ratio_max"]) == 1.0
     assert float(got[3]["approx_kl"]) == float(got[3]["kl_k3"]) == 0.0
 

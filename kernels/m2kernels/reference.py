@@ -4,6 +4,7 @@ Nothing here is shared with an implementation, so that a mistake in one cannot h
 All take float64 tensors on the CPU, and are differentiable by autograd where their op is.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,71 @@ def policy_loss_ref(
         sequence = torch.stack(terms)
         total = total + (sequence.mean() if spec.kind == "gspo" else sequence.sum())
     return -total / denom
+
+
+def policy_metrics_ref(
+    logp: torch.Tensor,
+    old_logp: torch.Tensor | None,
+    advantage: torch.Tensor,
+    seq: torch.Tensor,
+    *,
+    spec: "LossSpec",
+    per_token: bool = False,
+    mask: torch.Tensor | None = None,
+    entropy: torch.Tensor | None = None,
+    rollout_logp: torch.Tensor | None = None,
+    ref_logp: torch.Tensor | None = None,
+) -> dict[str, float]:
+    """Oracle of the metrics of :func:`m2kernels.policy_loss`, as :mod:`m2kernels.metrics` defines them.
+
+    Arguments are those of :func:`policy_loss_ref`; ids are in order and in range.
+    """
+    live = [i for i in range(len(logp)) if mask is None or bool(mask[i])]
+    x = {i: 0.0 if old_logp is None else float(logp[i] - old_logp[i]) for i in live}
+    drift = {i: 0.0 for i in live}
+    if rollout_logp is not None:
+        drift = {i: float((logp if old_logp is None else old_logp)[i] - rollout_logp[i]) for i in live}
+    low, high = 1 - spec.clip_low, 1 + spec.clip_high
+    rows: list[dict[str, float]] = []
+    for i in live:
+        peers = [j for j in live if int(seq[j]) == int(seq[i])]
+        r = math.exp(sum(x[j] for j in peers) / len(peers) if spec.kind == "gspo" else x[i])
+        a = float(advantage[i] if per_token else advantage[int(seq[i])])
+        clipped = min(max(r, low), high)
+        # cispo clips the weight itself; elsewhere the clip counts where it makes the term smaller.
+        changed = clipped != r if spec.kind == "cispo" else clipped * a < r * a
+        dual = spec.dual_clip is not None and a < 0 and min(r * a, clipped * a) < spec.dual_clip * a
+        w = math.exp(sum(drift[j] for j in peers) if spec.tis_level == "sequence" else drift[i])
+        cap = math.inf if spec.tis_cap is None else spec.tis_cap
+        y = 0.0 if ref_logp is None else float(logp[i] - ref_logp[i])
+        rows.append({
+            "clip_low": changed and r < low,
+            "clip_high": changed and r > high,
+            "dual_clip": dual,
+            "kl_k1": -x[i],
+            "kl_k3": math.exp(x[i]) - 1 - x[i],
+            "weight": r * min(w, cap),
+            "weight_squared": (r * min(w, cap)) ** 2,
+            "tis": min(w, cap),
+            "tis_capped": w > cap,
+            "ref_kl": {"k1": y, "k2": y**2 / 2}.get(spec.kl, math.exp(-y) - 1 + y),
+            "entropy": 0.0 if entropy is None else float(entropy[i]),
+            "ratio": r,
+        })  # fmt: skip
+    names = {"clip_frac_low": "clip_low", "clip_frac_high": "clip_high", "dual_clip_frac": "dual_clip"}
+    names |= {"approx_kl": "kl_k1", "tis_mean": "tis", "tis_capped_frac": "tis_capped", "entropy_mean": "entropy"}
+    names |= {"kl_k3": "kl_k3", "ref_kl": "ref_kl"}
+    keys = [*names.values(), "weight", "weight_squared"]
+    total = {key: sum(float(row[key]) for row in rows) for key in keys}
+    n = len(rows)
+    return {
+        "num_tokens": n,
+        "num_bad_seq": 0,
+        "ratio_max": max((row["ratio"] for row in rows), default=0.0),
+        "ess": total["weight"] ** 2 / (n * total["weight_squared"]) if n else 0.0,
+        **{f"raw/{key}": total[key] for key in keys},
+        **{name: total[key] / max(n, 1) for name, key in names.items()},
+    }
 
 
 def tree_attention_ref(
