@@ -1,12 +1,13 @@
 """m2kernels.plan_tree against tries of dicts and dense masks, its tiles against their definition."""
 
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from forests import dialogues, forests, prefix_ids, replies, visible_mask
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import m2kernels as mk
@@ -91,6 +92,68 @@ def assert_tiles(plan, mask):
     assert tiles.num_backward_tiles == int(some.sum())
 
 
+def num_prefixes(sequences):
+    """How many prefixes they have that differ: of sorted neighbours only what follows their common start is new."""
+    in_bytes = sorted(np.asarray(s).astype(">i8").tobytes() for s in sequences)  # of that order: as tokens sort
+    ordered = [np.frombuffer(s, ">i8") for s in in_bytes]
+    count = len(ordered[0])
+    for a, b in pairwise(ordered):
+        count += len(b) - common(a, b)
+    return count
+
+
+def common(a, b):
+    """Length of the common start."""
+    size = min(len(a), len(b))
+    differ = a[:size] != b[:size]
+    return int(differ.argmax()) if differ.any() else size
+
+
+def assert_plan_sampled(sequences, plan, rng):
+    """What assert_plan and assert_tiles say, of a sample: for plans whose dense mask or trie takes too long."""
+    assert plan.num_rows == num_prefixes(sequences) == len(plan.position) == len(plan.subtree_end)
+    assert plan.num_input_tokens == sum(map(len, sequences)) and plan.lengths == tuple(map(len, sequences))
+    assert plan.num_pairs == int((plan.position.long() + 1).sum())
+    assert_segments(sequences, plan)
+    end = plan.subtree_end.numpy()
+    for i, other in rng.integers(0, len(sequences), (5, 2)).tolist():
+        rows, theirs = plan.rows(i).numpy(), plan.rows(other).numpy()
+        assert np.array_equal(plan.tokens.numpy()[rows], sequences[i])
+        assert np.array_equal(plan.position.numpy()[rows], np.arange(len(rows)))
+        same = common(sequences[i], sequences[other])
+        assert np.array_equal(rows[:same], theirs[:same]) and not np.intersect1d(rows[same:], theirs[same:]).size
+        for p in rng.integers(0, len(rows), 5):
+            assert np.array_equal(np.arange(rows[p] + 1)[end[: rows[p] + 1] > rows[p]], rows[: p + 1])
+    assert_tiles_sampled(plan, rng)
+
+
+def tile_classes(seen, size):
+    """[queries, keys] -> for every tile of `size` keys: is something seen, everything."""
+    at = np.arange(0, seen.shape[1], size)
+    return np.logical_or.reduceat(seen.any(0), at), np.logical_and.reduceat(seen.all(0), at)
+
+
+def assert_tiles_sampled(plan, rng):
+    """The tile lists of some blocks, as queries and as keys, the first and the last too, from visibility itself."""
+    tiles, block, size = plan.tiles, plan.tiles.block, plan.tiles.kv_block
+    end, num = plan.subtree_end.numpy(), len(plan.tiles.min_end)
+    for b in {0, num - 1, *rng.integers(0, num, 2).tolist()}:
+        first, last = b * block, min((b + 1) * block, plan.num_rows)
+        rows = np.arange(first, last)
+        assert (tiles.min_end[b], tiles.max_end[b]) == (end[rows].min(), end[rows].max())
+        keys = np.arange(last)
+        some, full = tile_classes((keys <= rows[:, None]) & (rows[:, None] < end[keys]), size)
+        start, masked, stop = tiles.forward_start[b], tiles.forward_full[b], tiles.forward_start[b + 1]
+        own = list(range(first // size, len(some)))
+        rest = [k for k in range(own[0]) if some[k] and not full[k]]
+        assert tiles.forward_kv[start:masked].tolist() == own + rest
+        assert tiles.forward_kv[masked:stop].tolist() == [k for k in range(own[0]) if full[k]]
+        queries = np.arange(first, plan.num_rows)  # and the block as keys: one range of queries sees it
+        some, full = tile_classes(((rows <= queries[:, None]) & (queries[:, None] < end[rows])).T, block)
+        assert b + some.nonzero()[0].tolist()[-1] + 1 == tiles.backward_end[b] and some[: some.sum()].all()
+        assert b + 1 + int(full[1:].sum()) == tiles.backward_full_end[b] and full[1 : 1 + full[1:].sum()].all()
+
+
 def test_hand_computed():
     plan = mk.plan_tree([[5, 6, 1], [5, 6, 2, 3, 4], [5, 6], [9], [], [5, 6, 2, 3, 4]])
     assert plan.tokens.tolist() == [5, 6, 2, 3, 4, 1, 9]
@@ -118,6 +181,7 @@ def test_small_forests(case, blocks):
 
 
 @settings(max_examples=15, deadline=None)
+@example(0, 64, [1, 500, 4097], 128)
 @given(
     st.integers(0, 2**32 - 1),
     st.integers(1, 64),
@@ -125,7 +189,7 @@ def test_small_forests(case, blocks):
     st.sampled_from([16, 128]),
 )
 def test_deep_and_long_forests(seed, depth, sizes, block):
-    """Up to 64 levels and segments of 4097 tokens; visible rows are checked on a sample."""
+    """Up to 64 levels and segments of 4097 tokens, up to a million in all."""
     rng = np.random.default_rng(seed)
     trunk, sequences = np.empty(0, dtype=np.int64), []
     for _ in range(depth):
@@ -135,20 +199,25 @@ def test_deep_and_long_forests(seed, depth, sizes, block):
             break
     sequences = [sequences[i] for i in rng.permutation(len(sequences))]
     plan = mk.plan_tree(sequences, block=block)
-    if sum(map(len, sequences)) < 300_000:
+    if sum(map(len, sequences)) < 30_000:
         assert_plan(sequences, None, plan)
-    for i in rng.integers(0, len(sequences), 5):
-        rows = plan.rows(int(i)).numpy()
-        for p in rng.integers(0, len(rows), 5):
-            j = np.arange(rows[p] + 1)
-            assert np.array_equal(j[plan.subtree_end.numpy()[: rows[p] + 1] > rows[p]], rows[: p + 1])
-    tiles = plan.tiles
-    for b in rng.integers(0, len(tiles.min_end), 10):  # the lemma: blocks that see something are one range
-        ends = plan.subtree_end[b * block : (b + 1) * block]
-        last = int(ends.max()) - 1
-        assert tiles.backward_end[b] == last // block + 1
-        got = tiles.forward_kv[tiles.forward_start[last // block] : tiles.forward_start[last // block + 1]]
-        assert b in (got * tiles.kv_block // block).tolist()
+    assert_plan_sampled(sequences, plan, rng)
+
+
+@pytest.mark.parametrize("block", [16, 128])
+def test_sixty_four_levels_and_segments_of_4097(block):
+    """Levels of three tokens, but one of 4097 half-way down, and a leaf of 4097 on the last but one."""
+    rng = np.random.default_rng(block)
+    trunk, sequences = np.empty(0, dtype=np.int64), []
+    for level in range(64):
+        trunk = np.concatenate([trunk, [0], rng.integers(0, 7, 4096 if level == 32 else 2)])
+        sequences.append(np.concatenate([trunk, [1], rng.integers(0, 7, 4096 if level == 62 else 4)]))
+    sequences = [sequences[i] for i in rng.permutation(64)]
+    plan = mk.plan_tree(sequences, block=block)
+    seg = plan.segments
+    assert max(len(seg.path(int(leaf))) for leaf in seg.leaf) == 64 and (seg.end - seg.start == 4097).sum() == 2
+    assert_plan(sequences, None, plan)
+    assert_plan_sampled(sequences, plan, rng)
 
 
 @settings(max_examples=60, deadline=None)
