@@ -264,15 +264,36 @@ def test_compare_files(monkeypatch, tmp_path, capsys):
     assert m2bench(monkeypatch, "compare", a, slow) == 0
     assert m2bench(monkeypatch, "compare", slow, a, "--gate") == 0
     append_row(a, make_row(phase="fwd"))  # a row that the other side lacks must not pass a gate unseen
+    capsys.readouterr()
     assert m2bench(monkeypatch, "compare", a, same, "--gate") == 2
-    assert "not in" in capsys.readouterr().out
+    assert "BROKEN on B: policy_loss/m2/32k fwd float32 cold: not in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        ({"case": "new_op"}, 0, "not compared: new_op/m2/32k both float32 cold: new in"),
+        ({"case": "new_op", "status": "refused"}, 2, "BROKEN on B: new_op/m2/32k both float32 cold: wrong in"),
+        ({"impl": "peer", "status": "refused"}, 0, "SAME"),
+        ({"impl": "peer", "status": "skipped"}, 0, "SAME"),
+    ],
+)
+def test_a_gate_on_files_lets_new_rows_through_unless_ours_are_wrong(monkeypatch, tmp_path, capsys, more, code, said):
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for file in (a, b):
+        append_row(file, make_row())
+    append_row(b, make_row(**more))
+    assert m2bench(monkeypatch, "compare", a, b, "--gate") == code
+    out = capsys.readouterr().out
+    assert said in out and ("BROKEN" in out) == (code == 2)
 
 
 class FakeMachine:
     """Two builds whose launches take a fixed time, times a factor that drifts for both alike and one of a process."""
 
-    def __init__(self, slowdown, wrong_side=None, uneven=0.0):
+    def __init__(self, slowdown, wrong_side=None, uneven=0.0, without="", closed=""):
         self.slowdown, self.wrong_side, self.clock, self.started = slowdown, wrong_side, 0, []
+        self.without, self.closed = without, closed  # sides that lack m2, sides that cannot run the shape "large"
         self.uneven, self.dice = uneven, random.Random(0)
 
     @contextmanager
@@ -288,9 +309,11 @@ class FakeWorker:
 
     def ask(self, op, **request):
         if op == "open":
-            return {}
+            closed = request["shape"] == "large" and self.name in self.machine.closed
+            return {"skip": "needs a GPU"} if closed else {}
         if op == "choose":
-            return {"impls": ["m2", "torch"], "ours": ["m2"], "skipped": {}, "phases": ["fwd"], "rotates": True}
+            names = ["torch"] if self.name in self.machine.without else ["m2", "torch"]
+            return {"impls": names, "ours": ["m2"], "skipped": {}, "phases": ["fwd"], "rotates": True}
         if op == "check":
             wrong = self.name == self.machine.wrong_side
             return {"m2": {"numerics": {"verdict": "refused" if wrong else "ok", "reason": "off"}}}
@@ -331,7 +354,39 @@ def test_compare_refuses_a_side_that_is_wrong(monkeypatch, cases, tmp_path):
     monkeypatch.setattr(compare, "workers", FakeMachine(0.0, wrong_side="b").workers)
     monkeypatch.setattr(compare, "build", lambda ref, where, say: Build(ref=ref, sha=ref, site=tmp_path / ref))
     found = compare.compare("a", "b", compare.CompareOptions(cases=cases, pairs=2), lambda text: None)
-    assert not found.lines and found.missing == ["tiny/m2/small/fwd float32 warm: wrong on side B: off"]
+    assert not found.lines and found.broken == ["tiny/m2/small/fwd float32 warm: wrong (off) on side B"]
+    assert found.regressed
+
+
+@pytest.mark.parametrize(
+    ("machine", "code", "said"),
+    [
+        ({"closed": "ab"}, 0, "not compared: tiny/large: needs a GPU"),
+        ({"closed": "b"}, 2, "BROKEN on B: tiny/large: lost on side B: needs a GPU"),
+        ({"closed": "a"}, 0, "not compared: tiny/large: new on side B; on side A: needs a GPU"),
+        (
+            {"without": "a"},
+            0,
+            "not compared: tiny/m2/small/fwd float32 warm: absent (no such implementation) on side A",
+        ),
+        (
+            {"without": "b"},
+            2,
+            "BROKEN on B: tiny/m2/small/fwd float32 warm: absent (no such implementation) on side B",
+        ),
+        ({"wrong_side": "a"}, 0, "not compared: tiny/m2/small/fwd float32 warm: wrong (off) on side A"),
+        ({"wrong_side": "b", "without": "a"}, 2, "BROKEN on B: tiny/m2/small/fwd float32 warm: wrong (off)"),
+        ({"closed": "ab", "without": "ab"}, 64, "nothing to compare"),
+    ],
+)
+def test_a_gate_fails_for_what_side_b_broke_alone(monkeypatch, cases, tmp_path, capsys, machine, code, said):
+    monkeypatch.setattr(compare, "workers", FakeMachine(0.0, **machine).workers)
+    monkeypatch.setattr(compare, "build", lambda ref, where, say: Build(ref=ref, sha=ref, site=tmp_path / ref))
+    words = ("--gate", "--pairs", 2, "--cases", cases, "--device", "cpu")
+    rows = ("--rows", "tiny/*/small", "--rows", "tiny/*/large")
+    assert m2bench(monkeypatch, "compare", "a", "b", *words, *rows) == code
+    shown = capsys.readouterr()
+    assert said in shown.out + shown.err and ("BROKEN" in shown.out) == (code == 2)
 
 
 def test_unknown_commit_is_a_message(cases):
