@@ -55,7 +55,7 @@ def test_run_writes_rows_and_refuses_wrong_results(monkeypatch, cases, tmp_path,
     assert code == 1  # `off` is wrong
     rows = read_rows([out])
     seen = {(r.identity.impl, r.identity.phase, r.identity.cache): r for r in rows}
-    assert len(seen) == len(rows) == 5 * 2 * 2
+    assert len(seen) == len(rows) == 6 * 2 * 2
     for phase in ("fwd", "both"):
         for cache in ("cold", "warm"):
             good = seen["m2", phase, cache]
@@ -69,10 +69,16 @@ def test_run_writes_rows_and_refuses_wrong_results(monkeypatch, cases, tmp_path,
             assert not seen["torch", phase, cache].ours
             assert "over" in seen["off", phase, cache].reason and seen["off", phase, cache].timing is None
             assert seen["gone", phase, cache].reason == "not installed"
+            bound = seen["bound", phase, cache]  # its results are wrong too, and nobody minds
+            assert bound.status == "ok" and bound.ceiling and not good.ceiling and bound.timing.median > 0
+            assert bound.numerics.verdict == "unchecked" and "a ceiling" in bound.numerics.reason
+            assert [(r.to, r.ceiling) for r in good.timing.others] == [("bound", True)]
             assert "suite smoke" in seen["slow", phase, cache].reason
     assert rows[0].machine["id"] and rows[0].build["packages"]["torch"]
     text = capsys.readouterr().out
     assert "tiny/off/small/fwd float32 cold: refused" in text
+    assert "tiny/bound/small/fwd float32 cold CEILING" in text and "time over others': bound (ceiling) x" in text
+    assert "not checked: a ceiling" in text
     # What `repro` prints is a command that this very program takes.
     assert m2bench(monkeypatch, "repro", seen["m2", "fwd", "cold"].id, out) == 0
     command = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("m2bench run "))
@@ -87,6 +93,7 @@ def test_list_and_env(monkeypatch, cases, capsys):
     found = json.loads(capsys.readouterr().out)
     impls = found["cases"]["tiny"]["impls"]
     assert impls["gone"]["unsupported_reason"] == "not installed" and impls["m2"]["kind"] == "ours"
+    assert impls["bound"]["kind"] == "ceiling"
     assert found["peers"]["liger"]["pin"] == "0.8.5"
     assert m2bench(monkeypatch, "list", "--cases", cases, "--device", "cpu") == 0
     assert "gone: not installed" in capsys.readouterr().out
@@ -181,7 +188,7 @@ class FakeServer:
             return {"bytes": 8, "cache": 64}
         if op == "choose":
             return {"impls": ["m2", "torch", "bad"], "ours": ["m2"], "skipped": {}, "phases": ["fwd"],
-                    "baseline": "torch", "rotates": False, "cost": {"fwd": (8.0, 1.0)}}  # fmt: skip
+                    "ceilings": [], "baseline": "torch", "rotates": False, "cost": {"fwd": (8.0, 1.0)}}  # fmt: skip
         if op == "check":
             if "bad" in request["impls"]:
                 return {"lost": "bad", "reason": "it broke the CUDA context"}
