@@ -114,6 +114,7 @@ def test_list_and_env(monkeypatch, cases, capsys):
         ("report", "no-such.jsonl"),
         ("selftest", "--let-through", "everything"),
         ("profile", "tiny", "--tool", "gdb", "--print"),
+        ("profile", "tiny/m2/small/bwd", "--print"),
         ("compare", "a.jsonl", "HEAD"),
     ],
 )

@@ -233,7 +233,7 @@ def compare(
 
 @app.command()
 def profile(
-    pattern: Annotated[str, typer.Argument(help="case/impl/shape/phase; what is left out is the first there is")],
+    pattern: Annotated[str, typer.Argument(help="case/impl/shape/phase (fwd | both); left out: the first there is")],
     tool: Annotated[str, typer.Option("--tool", help="ncu | nsys | proton")] = "ncu",
     only_print: Annotated[bool, typer.Option("--print", help="print the command, run nothing")] = False,
     rows: Annotated[
