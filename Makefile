@@ -97,11 +97,12 @@ gpu-check:
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) packaging/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) \
 	    $(if $(OUT),--out $(OUT)) $(if $(DRY),--dry-run)
 
-# On a machine with a network, for one without: pip matches each platform tag exactly.
+# On a machine with a network, for one without: pip matches each platform tag exactly. CUTE=1 adds 111 MB of peers.
 gpu-wheels: $(VENV)/.stack
 	$(PY) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 	    --abi cp312 --abi abi3 --abi none $(foreach n,5 12 17 24 26 27 28 31 34,--platform manylinux_2_$(n)_x86_64) \
-	    --platform manylinux2014_x86_64 --platform manylinux1_x86_64 -d wheels -r requirements/gpu-wheels.txt
+	    --platform manylinux2014_x86_64 --platform manylinux1_x86_64 -d wheels -r requirements/gpu-wheels.txt \
+	    $(if $(CUTE),-r requirements/gpu-wheels-cute.txt)
 
 clean:
 	rm -rf $(VENV) .triton build dist

@@ -6,6 +6,8 @@ torch           full logits of all rows: the baseline
 torch-gathered  full logits of the selected rows
 torch-chunked   the selected rows in chunks, gradients formed with the loss and summed in float32: what one writes by
                 hand when memory is short
+gemms           a ceiling, not an implementation: the GEMMs alone, as torch calls its BLAS for them (cuBLAS on a GPU).
+                It computes no loss, and its results are never checked
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from m2train.bench import peers, shapes
-from m2train.bench.case import Fn, Setup, Skip
+from m2train.bench.case import Ceiling, Fn, Setup, Skip
 
 MODELS = ("smollm2-135m", "qwen3-1.7b", "qwen3-8b", "llama-3.1-8b", "qwen2.5-32b")
 CPU_LIMIT = 3e11
@@ -76,17 +78,56 @@ def eager(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
     return torch.log_softmax(logits, dim=-1).gather(1, target[:, None])[:, 0]
 
 
-def trl_log_probs(module: Any) -> Fn:
+def eager_entropy(hidden: Any, weight: Any, target: Any, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`eager`, and the entropy of each selected row, in nats."""
+    logits = F.linear(hidden.index_select(0, rows), weight)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    log_p = torch.log_softmax(logits, dim=-1)
+    return log_p.gather(1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+class _Gemms(torch.autograd.Function):
+    """Logits of the first rows, and both gradients from logits that stand for their own gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, rows: int, results: Fn) -> Any:
+        logits = F.linear(hidden[:rows], weight)
+        ctx.save_for_backward(hidden, weight, logits)
+        return results(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *unused: torch.Tensor) -> tuple[Any, ...]:
+        hidden, weight, dz = ctx.saved_tensors
+        rows, to_hidden = len(dz), torch.empty_like(hidden)  # what lies beyond `rows` is never written
+        torch.mm(dz, weight, out=to_hidden[:rows])
+        to_weight = torch.mm(dz.T, hidden[:rows]) if ctx.needs_input_grad[1] else None
+        return to_hidden, to_weight, None, None
+
+
+def gemms(rows: int, results: Fn) -> Ceiling:
+    """A ceiling for a head on M rows: z = H W^T in the forward; then dH = dz W and, if trained, dW = dz^T H.
+
+    It computes no loss. The first M rows stand for the selected ones, a view, so that no gather is timed; dz is z
+    itself, of the right shape and dtype; dW is rounded once, to the weight's dtype. A method that computes the logits
+    again in its backward needs a fourth GEMM.
+
+    Args:
+        rows: M.
+        results: logits [M, V] -> views of them in the shapes of the case's results.
+    """
+    return Ceiling(lambda hidden, weight, *rest: _Gemms.apply(hidden, weight, rows, results))
+
+
+def trl_log_probs(module: Any, entropy: bool = False) -> Fn:
     """TRL's chunked path: vocabulary chunks of 8192, its default, and an online log-sum-exp."""
     # Its backward asks for a context of this file, which is empty for a weight that no DeepSpeed has sharded.
     peers.import_past("trl.trainer.utils", ("pandas", "datasets", "accelerate"))
 
-    def run(hidden: Any, weight: Any, target: Any, rows: Any) -> torch.Tensor:
+    def run(hidden: Any, weight: Any, target: Any, rows: Any) -> Any:
         selected = hidden.index_select(0, rows)
-        logp: torch.Tensor = module.ChunkedLogProbFunction.apply(
-            selected, weight, None, target, 1.0, 8192, None, 1.0, ()
-        )[0]
-        return logp
+        wanted = ("entropy",) if entropy else ()
+        found = module.ChunkedLogProbFunction.apply(selected, weight, None, target, 1.0, 8192, None, 1.0, wanted)
+        return found[:2] if entropy else found[0]
 
     return run
 

@@ -24,24 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_MB = 6.0
 TORCH_FLOOR = (2, 10)
-SMOKE = """
-import sys
-import torch
-import m2kernels as mk
-for name in ("triton", "megatron", "vllm", "m2train.learner"):
-    assert name not in sys.modules, f"import m2kernels loaded {name}"
-reward = torch.tensor([1.0, 0.0, 0.5, 0.5])
-adv = mk.group_advantage(reward, torch.tensor([0, 0, 1, 1]), backend="cpu")
-assert adv.tolist() == [0.5, -0.5, 0.0, 0.0], adv
-logp = torch.tensor([-1.0, -2.0, -1.5], requires_grad=True)
-out = mk.policy_loss(logp, logp.detach(), adv[:2], torch.tensor([0, 0, 1]), denom=2.0, backend="cpu")
-out.loss.backward()
-assert torch.allclose(logp.grad, torch.tensor([-0.25, -0.25, 0.25])), logp.grad
-assert sorted(map(sorted, mk.pack_balanced([3.0, 1.0, 2.0], 2))) == [[0], [1, 2]]
-report = mk.doctor()
-del report["environment"]
-print("ops:", {op: [name for name, why in backends.items() if why is None] for op, backends in report.items()})
-"""
+SMOKE = ROOT / "packaging" / "smoke.py"
 
 
 def main() -> int:
@@ -146,10 +129,11 @@ def _runs(wheel: Path, folder: Path) -> str:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "M2"))}
         clean["PATH"] = "/usr/bin:/bin"
         done = subprocess.run(
-            [venv / "bin" / "python", "-c", SMOKE], capture_output=True, text=True, cwd=place, env=clean, timeout=300
-        )
+            [venv / "bin" / "python", "-P", SMOKE, site, "cpu"],
+            capture_output=True, text=True, cwd=place, env=clean, timeout=300,
+        )  # fmt: skip
     print("       " + done.stdout.strip().replace("\n", "\n       "))
-    return "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+    return "" if done.returncode == 0 else (done.stderr or done.stdout).strip().splitlines()[-1]
 
 
 def _planner_loads(version: str, folder: Path) -> str:

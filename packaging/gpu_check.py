@@ -4,7 +4,8 @@
 
 For a machine with an H100, torch 2.11 or newer, its Triton, nvcc, typer, rich, jinja2, numpy, pytest and no network.
 This file uses the standard library alone; what more is wanted (other projects' kernels, megatron-core) comes as
-wheels from a folder (`make gpu-wheels` fills one). Steps end at the time limit, and rows are written as they are
+wheels from a folder (`make gpu-wheels` fills one). The ops are built from source; a wheel of this Python in dist/ is
+installed beside that, and its ops are run as well. Steps end at the time limit, and rows are written as they are
 measured: whenever the run is cut off, --out has what there is by then. What was not run is said.
 
 Without a GPU only `--dry-run` works: it builds, has the sm_90a compile gate stand in for the device, and prints the
@@ -26,6 +27,12 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "gpu-site"
+WHEEL_SITE = ROOT / "build" / "gpu-wheel-site"
+# Their own configuration alone: that of tests/ needs the whole trainer. What they share with others is in tests/.
+TESTS = (
+    *("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--confcutdir=tests/gpu"),
+    *("-o", "pythonpath=tests", "tests/gpu"),
+)
 RESERVE_S = 40.0
 """Rows begin nothing new that long before the end, for what they are at then, and for the report."""
 
@@ -125,14 +132,14 @@ def main() -> int:
 
 def _steps(steps: Steps, wheels: Path | None, *, dry: bool) -> bool:
     python, ok = sys.executable, True
-    pip = (python, "-m", "pip", "-q", "install", "--no-index", "--no-deps", "--no-compile", "--target", SITE)
+    pip = (python, "-m", "pip", "-q", "install", "--no-index", "--no-deps", "--no-compile", "--target")
     if wheels is not None:
         files = sorted(wheels.glob("*.whl"))
-        ok &= steps.run("wheels", *pip, *files) if files else steps.skip("wheels", f"no .whl in {wheels}")
-    if not steps.run("build", *pip, "--no-build-isolation", ROOT, share=0.4):
+        ok &= steps.run("wheels", *pip, SITE, *files) if files else steps.skip("wheels", f"no .whl in {wheels}")
+    if not steps.run("build", *pip, SITE, "--no-build-isolation", ROOT, share=0.4):
         return False
-    # Their own configuration alone: that of tests/ needs the whole trainer.
-    tests = (python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--confcutdir=tests/gpu", "tests/gpu")
+    ok &= _own_wheel(steps, pip, "cpu" if dry else "cuda")
+    tests = (python, *TESTS)
     bench = (python, "-m", "m2train.bench.cli")
     file = steps.out / "rows.jsonl"
     rows = (*bench, "run", "-s", "paper", "-o", file, "--ceilings", steps.out / "ceilings.json", "--minutes")
@@ -151,6 +158,20 @@ def _steps(steps: Steps, wheels: Path | None, *, dry: bool) -> bool:
     if file.exists():
         ok &= steps.run("report", *report)
     return ok
+
+
+def _own_wheel(steps: Steps, pip: tuple[object, ...], device: str) -> bool:
+    """Install the newest wheel of dist/ that is for this Python, alone, and run its ops; True where there is none."""
+    pattern = "m2train-*-cp{}{}-*.whl".format(*sys.version_info)
+    found = sorted((ROOT / "dist").glob(pattern), key=lambda path: path.stat().st_mtime)
+    if not found:
+        steps.skip("own wheel", f"no dist/{pattern}; `make wheel` builds it")
+        return True
+    shutil.rmtree(WHEEL_SITE, ignore_errors=True)
+    smoke = (sys.executable, "-P", ROOT / "packaging" / "smoke.py", WHEEL_SITE, device)
+    return steps.run("own wheel", *pip, WHEEL_SITE, found[-1]) and steps.run(
+        "own wheel's ops", "env", f"PYTHONPATH={WHEEL_SITE}", *smoke
+    )
 
 
 def _gpu() -> str | None:

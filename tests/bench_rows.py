@@ -4,7 +4,7 @@ from m2train.bench.schema import Identity, Numerics, Physics, Ratio, Row, Timing
 
 CASE_FILE = '''
 import torch
-from m2train.bench.case import Case, Skip, SlowStart, Subset, case
+from m2train.bench.case import Case, Ceiling, Skip, SlowStart, Subset, case
 
 
 def double(x):
@@ -24,7 +24,7 @@ def tiny(s):
     return Case(
         oracle=double, inputs=(x,), grad=s.randn(s.n),
         impls={"m2": double, "torch": lambda x: x + x, "off": off, "gone": Skip("not installed"),
-               "slow": SlowStart(double)},
+               "slow": SlowStart(double), "bound": Ceiling(lambda x: 1 * x)},
         bytes={"fwd": 8.0 * s.n, "both": 16.0 * s.n}, flops=1.0 * s.n,
         subset=Subset(inputs=lambda t: (t[0][:8],), output=lambda y: y[:8]),
     )

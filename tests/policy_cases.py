@@ -27,6 +27,7 @@ SPECS = [
     mk.LossSpec(kind="gspo", tis_cap=1.3, tis_level="sequence"),
 ]
 FLOATS = ("logp", "old_logp", "entropy", "rollout_logp", "ref_logp")
+LEAVES = {"logp", "entropy"}
 
 
 def ids(spec):
@@ -100,3 +101,19 @@ def oracle_run(case, spec, denom):
     loss, grad, entropy_grad, _ = run(case, spec, denom, torch.float64, fn=policy_loss_ref)
     zero = torch.zeros_like(case["logp"], dtype=torch.float64)
     return loss, zero if grad is None else grad, entropy_grad
+
+
+def device_case(lengths, spec, *, device, seed=0):
+    """Arguments of mk.policy_loss on `device`, with logp, and entropy where the spec has one, as leaves."""
+    case = for_spec(make_case(lengths, seed=seed), spec)
+    args = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
+    for name in LEAVES & args.keys():
+        args[name].requires_grad_()
+    return args | {"spec": spec}
+
+
+def step(args, denom, backend):
+    """[loss, gradients, metrics] of one forward and backward, nothing of it read on the host."""
+    out = mk.policy_loss(**args, denom=denom, backend=backend)
+    grads = torch.autograd.grad(out.loss, [args[name] for name in sorted(LEAVES & args.keys())])
+    return [out.loss.detach(), *grads, *out.metrics.values()]

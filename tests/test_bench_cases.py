@@ -9,8 +9,8 @@ from bench_rows import CASE_FILE
 from runs import write_rollouts
 
 import m2kernels as mk
-from m2train.bench import ceilings, env, models, peers, recorder, registry, shapes, steps
-from m2train.bench.case import Case, CaseSpec, Setup, Skip, SlowStart, case, compiled
+from m2train.bench import ceilings, env, launch, models, peers, recorder, registry, shapes, steps
+from m2train.bench.case import Case, CaseSpec, Ceiling, Setup, Skip, SlowStart, case, compiled
 from m2train.bench.registry import Selector
 
 ROOT = Path(__file__).parents[1]
@@ -41,14 +41,14 @@ SMALL = {
     "tree_attention": ("4x3-2k", "both"),
 }
 SMALL |= dict.fromkeys(HEADS, ("smollm2-135m-128-50pct", "fwd"))
+SMALL_RUNS = [(name, *run) for name, run in SMALL.items()] + [("lm_head", "smollm2-135m-128-50pct-entropy", "fwd")]
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_cases_are_right_at_a_small_shape(name):
+@pytest.mark.parametrize(("name", "shape", "phase"), SMALL_RUNS)
+def test_cases_are_right_at_a_small_shape(name, shape, phase):
     """Each of our implementations passes its check: a case that refuses everything would time nothing."""
     from m2train.bench.check import Checker
 
-    shape, phase = SMALL[name]
     spec = registry.load(ROOT / "benchmarks")[name]
     made = [spec.make(shape, spec.dtypes[0], CPU, seed=seed) for seed in (0, 1)]
     checker = Checker(made[0], made[1], phase)
@@ -57,6 +57,45 @@ def test_cases_are_right_at_a_small_shape(name):
     for impl in [*ours, made[0].baseline]:
         found = checker.run(impl)
         assert found.verdict == "ok", f"{impl}: {found.reason}"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("lm_head", "smollm2-135m-128-50pct"),
+        ("lm_head", "smollm2-135m-128-50pct-entropy"),
+        ("linear_policy_loss", "smollm2-135m-128-50pct"),
+    ],
+)
+def test_gemms_of_a_head_are_those_of_its_selected_rows(name, shape):
+    """Nothing in m2bench checks a ceiling, so this does: three products, and results that fit the case's gradient."""
+    made = registry.load(ROOT / "benchmarks")[name].make(shape, torch.float32, CPU)
+    hidden, weight, target = made.inputs[:3]
+    rows = hidden[: len(target)]
+    assert 0 < len(target) < len(hidden) and made.ceilings == ("gemms",)
+    results, grads = launch.launch(
+        made, launch.callable_of(made, "gemms"), launch.as_leaves(made, made.inputs), "both"
+    )
+    z = rows @ weight.T
+    upstream = made.grad if isinstance(made.grad, tuple) else (made.grad,)
+    assert [x.shape for x in launch.floats(results)] == [g.shape for g in upstream]
+    assert float(launch.floats(results)[0].flatten()[0].detach()) == pytest.approx(float(z[0, 0]), rel=1e-4)
+    torch.testing.assert_close(grads[0][: len(target)], z @ weight, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(grads[1], z.T @ rows, rtol=1e-4, atol=1e-3)
+
+
+def test_heads_are_asked_for_entropies():
+    """The targets of speed are for log-probs with entropies, of all rows, at three sizes of three models."""
+    shapes_of = registry.load(ROOT / "benchmarks")["lm_head"].shapes
+    for model in ("qwen3-1.7b", "qwen3-8b", "qwen2.5-32b"):
+        for tokens in (4096, 16384, 32768):
+            assert shapes_of[f"{model}-{tokens}-100pct-entropy"]["entropy"]
+
+
+def test_a_ceiling_is_neither_a_baseline_nor_ours():
+    for options in ({"baseline": "bound"}, {"ours": ("bound",)}):
+        with pytest.raises(ValueError, match="'bound' is a ceiling"):
+            Case(impls={"torch": abs, "bound": Ceiling(abs)}, inputs=(), oracle=abs, **({"ours": ()} | options))
 
 
 def test_no_cases_is_a_message(tmp_path, monkeypatch):
@@ -98,7 +137,7 @@ def test_select_mistakes(tiny, pattern, suite, message):
 def test_implementations_and_phases(tiny):
     made = tiny["tiny"].make("small", torch.float32, CPU)
     runnable, skipped = registry.split_impls(made, Selector(), "smoke")
-    assert runnable == ["m2", "torch", "off"]
+    assert runnable == ["m2", "torch", "off", "bound"]
     assert skipped["gone"] == "not installed" and "suite smoke" in skipped["slow"]
     assert registry.split_impls(made, Selector(impl="slow"), "smoke")[0] == ["torch", "slow"]  # with its baseline
     assert "slow" in registry.split_impls(made, Selector(), "paper")[0]

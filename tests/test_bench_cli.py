@@ -55,7 +55,7 @@ def test_run_writes_rows_and_refuses_wrong_results(monkeypatch, cases, tmp_path,
     assert code == 1  # `off` is wrong
     rows = read_rows([out])
     seen = {(r.identity.impl, r.identity.phase, r.identity.cache): r for r in rows}
-    assert len(seen) == len(rows) == 5 * 2 * 2
+    assert len(seen) == len(rows) == 6 * 2 * 2
     for phase in ("fwd", "both"):
         for cache in ("cold", "warm"):
             good = seen["m2", phase, cache]
@@ -69,10 +69,16 @@ def test_run_writes_rows_and_refuses_wrong_results(monkeypatch, cases, tmp_path,
             assert not seen["torch", phase, cache].ours
             assert "over" in seen["off", phase, cache].reason and seen["off", phase, cache].timing is None
             assert seen["gone", phase, cache].reason == "not installed"
+            bound = seen["bound", phase, cache]  # its results are wrong too, and nobody minds
+            assert bound.status == "ok" and bound.ceiling and not good.ceiling and bound.timing.median > 0
+            assert bound.numerics.verdict == "unchecked" and "a ceiling" in bound.numerics.reason
+            assert [(r.to, r.ceiling) for r in good.timing.others] == [("bound", True)]
             assert "suite smoke" in seen["slow", phase, cache].reason
     assert rows[0].machine["id"] and rows[0].build["packages"]["torch"]
     text = capsys.readouterr().out
     assert "tiny/off/small/fwd float32 cold: refused" in text
+    assert "tiny/bound/small/fwd float32 cold CEILING" in text and "time over others': bound (ceiling) x" in text
+    assert "not checked: a ceiling" in text
     # What `repro` prints is a command that this very program takes.
     assert m2bench(monkeypatch, "repro", seen["m2", "fwd", "cold"].id, out) == 0
     command = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("m2bench run "))
@@ -87,6 +93,7 @@ def test_list_and_env(monkeypatch, cases, capsys):
     found = json.loads(capsys.readouterr().out)
     impls = found["cases"]["tiny"]["impls"]
     assert impls["gone"]["unsupported_reason"] == "not installed" and impls["m2"]["kind"] == "ours"
+    assert impls["bound"]["kind"] == "ceiling"
     assert found["peers"]["liger"]["pin"] == "0.8.5"
     assert m2bench(monkeypatch, "list", "--cases", cases, "--device", "cpu") == 0
     assert "gone: not installed" in capsys.readouterr().out
@@ -107,6 +114,7 @@ def test_list_and_env(monkeypatch, cases, capsys):
         ("report", "no-such.jsonl"),
         ("selftest", "--let-through", "everything"),
         ("profile", "tiny", "--tool", "gdb", "--print"),
+        ("profile", "tiny/m2/small/bwd", "--print"),
         ("compare", "a.jsonl", "HEAD"),
     ],
 )
@@ -181,7 +189,7 @@ class FakeServer:
             return {"bytes": 8, "cache": 64}
         if op == "choose":
             return {"impls": ["m2", "torch", "bad"], "ours": ["m2"], "skipped": {}, "phases": ["fwd"],
-                    "baseline": "torch", "rotates": False, "cost": {"fwd": (8.0, 1.0)}}  # fmt: skip
+                    "ceilings": [], "baseline": "torch", "rotates": False, "cost": {"fwd": (8.0, 1.0)}}  # fmt: skip
         if op == "check":
             if "bad" in request["impls"]:
                 return {"lost": "bad", "reason": "it broke the CUDA context"}
@@ -264,15 +272,36 @@ def test_compare_files(monkeypatch, tmp_path, capsys):
     assert m2bench(monkeypatch, "compare", a, slow) == 0
     assert m2bench(monkeypatch, "compare", slow, a, "--gate") == 0
     append_row(a, make_row(phase="fwd"))  # a row that the other side lacks must not pass a gate unseen
+    capsys.readouterr()
     assert m2bench(monkeypatch, "compare", a, same, "--gate") == 2
-    assert "not in" in capsys.readouterr().out
+    assert "BROKEN on B: policy_loss/m2/32k fwd float32 cold: not in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        ({"case": "new_op"}, 0, "not compared: new_op/m2/32k both float32 cold: new in"),
+        ({"case": "new_op", "status": "refused"}, 2, "BROKEN on B: new_op/m2/32k both float32 cold: wrong in"),
+        ({"impl": "peer", "status": "refused"}, 0, "SAME"),
+        ({"impl": "peer", "status": "skipped"}, 0, "SAME"),
+    ],
+)
+def test_a_gate_on_files_lets_new_rows_through_unless_ours_are_wrong(monkeypatch, tmp_path, capsys, more, code, said):
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for file in (a, b):
+        append_row(file, make_row())
+    append_row(b, make_row(**more))
+    assert m2bench(monkeypatch, "compare", a, b, "--gate") == code
+    out = capsys.readouterr().out
+    assert said in out and ("BROKEN" in out) == (code == 2)
 
 
 class FakeMachine:
     """Two builds whose launches take a fixed time, times a factor that drifts for both alike and one of a process."""
 
-    def __init__(self, slowdown, wrong_side=None, uneven=0.0):
+    def __init__(self, slowdown, wrong_side=None, uneven=0.0, without="", closed=""):
         self.slowdown, self.wrong_side, self.clock, self.started = slowdown, wrong_side, 0, []
+        self.without, self.closed = without, closed  # sides that lack m2, sides that cannot run the shape "large"
         self.uneven, self.dice = uneven, random.Random(0)
 
     @contextmanager
@@ -288,9 +317,11 @@ class FakeWorker:
 
     def ask(self, op, **request):
         if op == "open":
-            return {}
+            closed = request["shape"] == "large" and self.name in self.machine.closed
+            return {"skip": "needs a GPU"} if closed else {}
         if op == "choose":
-            return {"impls": ["m2", "torch"], "ours": ["m2"], "skipped": {}, "phases": ["fwd"], "rotates": True}
+            names = ["torch"] if self.name in self.machine.without else ["m2", "torch"]
+            return {"impls": names, "ours": ["m2"], "skipped": {}, "phases": ["fwd"], "rotates": True}
         if op == "check":
             wrong = self.name == self.machine.wrong_side
             return {"m2": {"numerics": {"verdict": "refused" if wrong else "ok", "reason": "off"}}}
@@ -331,7 +362,39 @@ def test_compare_refuses_a_side_that_is_wrong(monkeypatch, cases, tmp_path):
     monkeypatch.setattr(compare, "workers", FakeMachine(0.0, wrong_side="b").workers)
     monkeypatch.setattr(compare, "build", lambda ref, where, say: Build(ref=ref, sha=ref, site=tmp_path / ref))
     found = compare.compare("a", "b", compare.CompareOptions(cases=cases, pairs=2), lambda text: None)
-    assert not found.lines and found.missing == ["tiny/m2/small/fwd float32 warm: wrong on side B: off"]
+    assert not found.lines and found.broken == ["tiny/m2/small/fwd float32 warm: wrong (off) on side B"]
+    assert found.regressed
+
+
+@pytest.mark.parametrize(
+    ("machine", "code", "said"),
+    [
+        ({"closed": "ab"}, 0, "not compared: tiny/large: needs a GPU"),
+        ({"closed": "b"}, 2, "BROKEN on B: tiny/large: lost on side B: needs a GPU"),
+        ({"closed": "a"}, 0, "not compared: tiny/large: new on side B; on side A: needs a GPU"),
+        (
+            {"without": "a"},
+            0,
+            "not compared: tiny/m2/small/fwd float32 warm: absent (no such implementation) on side A",
+        ),
+        (
+            {"without": "b"},
+            2,
+            "BROKEN on B: tiny/m2/small/fwd float32 warm: absent (no such implementation) on side B",
+        ),
+        ({"wrong_side": "a"}, 0, "not compared: tiny/m2/small/fwd float32 warm: wrong (off) on side A"),
+        ({"wrong_side": "b", "without": "a"}, 2, "BROKEN on B: tiny/m2/small/fwd float32 warm: wrong (off)"),
+        ({"closed": "ab", "without": "ab"}, 64, "nothing to compare"),
+    ],
+)
+def test_a_gate_fails_for_what_side_b_broke_alone(monkeypatch, cases, tmp_path, capsys, machine, code, said):
+    monkeypatch.setattr(compare, "workers", FakeMachine(0.0, **machine).workers)
+    monkeypatch.setattr(compare, "build", lambda ref, where, say: Build(ref=ref, sha=ref, site=tmp_path / ref))
+    words = ("--gate", "--pairs", 2, "--cases", cases, "--device", "cpu")
+    rows = ("--rows", "tiny/*/small", "--rows", "tiny/*/large")
+    assert m2bench(monkeypatch, "compare", "a", "b", *words, *rows) == code
+    shown = capsys.readouterr()
+    assert said in shown.out + shown.err and ("BROKEN" in shown.out) == (code == 2)
 
 
 def test_unknown_commit_is_a_message(cases):

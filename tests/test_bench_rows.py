@@ -13,7 +13,7 @@ from m2train.bench.report import figures, readme, write_report
 from m2train.bench.report.markdown import to_markdown
 from m2train.bench.report.page import render
 from m2train.bench.report.select import latest
-from m2train.bench.schema import Memory, Ratio, Row
+from m2train.bench.schema import Memory, Numerics, Ratio, Row
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,6 +95,20 @@ def test_reports_show_ratios_to_peers_own_memory_and_figures_of_merit(tmp_path):
         else:
             assert "16.0 (12.5 %)" in text and "liger x0.700 [0.600, 0.800]" in text
             assert "tile_inflation 1.0312" in text
+
+
+def test_a_ceiling_is_named_so_everywhere(tmp_path):
+    row, bound = make_row(), make_row(impl="gemms", gpu="NVIDIA H100 80GB HBM3")
+    row.timing.others = [Ratio(to="gemms", value=1.1, low=1.0, high=1.2, ceiling=True)]
+    bound.ceiling, bound.numerics = True, Numerics(reason="a ceiling: part of the work alone")
+    rows = [Row.from_json(x.to_json()) for x in (row, bound)]
+    for path in write_report(rows, tmp_path):
+        text = path.read_text()
+        if path.suffix == ".csv":
+            assert [line["ceiling"] for line in csv.DictReader(io.StringIO(text))] == ["False", "True"]
+        else:
+            assert "gemms (ceiling, not checked)" in text and "gemms (ceiling) x1.100" in text
+    assert "gemms (ceiling, not checked)" in readme.table(rows)
 
 
 def test_ticks_are_few_and_inside():

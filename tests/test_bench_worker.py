@@ -104,3 +104,15 @@ def test_graphs_are_of_these_launches_and_no_others(monkeypatch):
     assert [one[0]() for one in captured] == list(range(50))
     timer.forget()
     assert not timer._graphs
+
+
+def test_a_ceiling_is_launched_and_timed_but_never_checked(server):
+    """Its results are wrong, and do not come near the check before the clock or the one after it."""
+    found = server.check("fwd", ["bound", "off"])
+    assert found["bound"]["numerics"]["verdict"] == "unchecked" and "memory" not in found["bound"]
+    assert found["off"]["numerics"]["verdict"] == "refused"
+    timed = server.measure("fwd", ["bound", "m2"], **HOW)
+    assert min(timed["samples"]["bound"]) > 0 and timed["stale"] == {}
+    assert server.check("both", ["bound"])["bound"]["numerics"]["verdict"] == "unchecked"
+    object.__setattr__(server.bench.case.impls["bound"], "fn", lambda x: x.no_such_attribute)
+    assert server.check("fwd", ["bound"])["bound"]["numerics"]["verdict"] == "refused"  # before it can end a run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -67,6 +68,62 @@ def test_results_folder_is_named_after_the_gpu(
     monkeypatch.setattr(gpu_check.shutil, "which", lambda tool: tool)
     monkeypatch.setattr(gpu_check.subprocess, "run", lambda *args, **kwargs: done)
     assert gpu_check._gpu() == folder
+
+
+@pytest.mark.parametrize(("dry", "device"), [(True, "cpu"), (False, "cuda")])
+def test_the_wheel_of_this_python_is_run_too(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dry: bool, device: str
+) -> None:
+    said: dict[str, list[str]] = {}
+
+    class Recorder(gpu_check.Steps):  # type: ignore[name-defined,misc]
+        def run(self, name: str, *command: object, share: float = 1.0) -> bool:
+            said[name] = [str(word) for word in command]
+            return bool(name != failing)
+
+    failing = ""
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    steps = Recorder(tmp_path, 60.0, {})
+    assert gpu_check._steps(steps, None, dry=dry) and "own wheel" not in said
+    assert steps.results["own wheel"].startswith("NOT RUN: no dist/m2train-*-cp3"), "and it is said"
+    (tmp_path / "dist").mkdir()
+    this, other = "cp{}{}".format(*sys.version_info), "cp39"
+    for number, tag in enumerate((this, this, other)):
+        path = tmp_path / "dist" / f"m2train-0.{number}-{tag}-{tag}-linux_x86_64.whl"
+        path.write_bytes(b"")
+        os.utime(path, (number, number))
+    assert gpu_check._steps(steps, None, dry=dry)
+    site = str(gpu_check.WHEEL_SITE)
+    assert said["own wheel"][-2:] == [site, str(tmp_path / "dist" / f"m2train-0.1-{this}-{this}-linux_x86_64.whl")]
+    assert said["own wheel's ops"][-2:] == [site, device] and f"PYTHONPATH={site}" in said["own wheel's ops"]
+    failing = "own wheel's ops"
+    assert not gpu_check._steps(steps, None, dry=dry)
+
+
+def test_the_gpu_tests_are_found_as_gpu_check_runs_them(gpu_check: ModuleType) -> None:
+    """Without the configuration of tests/, which is what puts that folder on the path elsewhere."""
+    command = [sys.executable, *gpu_check.TESTS, "--collect-only", "-k", "policy_loss_in_a_cuda_graph"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(f"[{backend}-" in done.stdout or f"-{backend}]" in done.stdout for backend in ("triton", "cuda"))
+
+
+def test_smoke_runs_the_ops_of_the_given_place(tmp_path: Path) -> None:
+    """Of a copy, that is, not of the checkout whose editable install comes first elsewhere."""
+    site = tmp_path / "site"
+    shutil.copytree(ROOT / "kernels" / "m2kernels", site / "m2kernels")
+    for name in ("_ops_cpu", "_planner"):
+        spec = importlib.util.find_spec(f"m2kernels.{name}")
+        assert spec is not None and spec.origin is not None
+        shutil.copy(spec.origin, site / "m2kernels")
+    for folder, code, said in (
+        (site, 0, "cpu: group_advantage and policy_loss are right"),
+        (ROOT, 1, "would come from"),
+    ):
+        command = [sys.executable, "-P", ROOT / "packaging" / "smoke.py", folder, "cpu"]
+        env = os.environ | {"PYTHONPATH": str(site)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env)
+        assert done.returncode == code and said in done.stdout, done.stdout + done.stderr
 
 
 def unpacked(folder: Path, *names: str, ops: bytes | None = None) -> Path:

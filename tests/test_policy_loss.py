@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from kernel_testing import assert_kernel, device_of, threads
-from policy_cases import LENGTHS, SPECS, assert_metrics, for_spec, ids, make_case, oracle_run, run
+from policy_cases import LENGTHS, SPECS, assert_metrics, device_case, for_spec, ids, make_case, oracle_run, run, step
 
 import m2kernels as mk
 from m2kernels._native import ISA_NAMES, cpu_isa
@@ -151,6 +151,16 @@ def test_upstream_gradient_denominator_tensor_and_no_second_derivative(backend):
     torch.testing.assert_close(scaled, grad * 3 / 8, rtol=1e-6, atol=0)
     with pytest.raises(RuntimeError, match="no second derivative"):
         scaled.sum().backward()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[8]], ids=ids)
+def test_repeats_to_the_bit(backend, spec):
+    args = device_case(LENGTHS, spec, device=device_of(backend))
+    first, again = step(args, 5.0, backend), step(args, 5.0, backend)
+    assert len(first) > 20 and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    other = step(device_case(LENGTHS, spec, device=device_of(backend), seed=1), 5.0, backend)
+    assert not torch.equal(first[0], other[0]) and not torch.equal(first[1], other[1])
 
 
 @pytest.mark.parametrize("spec", SPECS[:4] + SPECS[8:10], ids=ids)

@@ -9,8 +9,26 @@ from pathlib import Path
 
 import pytest
 
+from m2train.bench.peers import PEERS
+
 ROOT = Path(__file__).parent.parent
 GLIBC = range(5, 40)  # pip matches each tag exactly
+
+
+def pins(*names: str) -> dict[str, str]:
+    lines = [line for name in names for line in (ROOT / "requirements" / name).read_text().splitlines()]
+    found = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {name: version for name, version in found}
+
+
+def test_a_gpu_machine_gets_the_peers_and_the_trainer() -> None:
+    """The versions that adapters were written against, and what the cases of the trainer look for."""
+    small = pins("gpu-wheels.txt")
+    assert {"pydantic", "pydantic_core", "safetensors", "packaging"} <= small.keys()
+    assert tuple(map(int, small["megatron-core"].split("."))) >= (0, 17), "older ones have no wheel for Python 3.12"
+    every = small | pins("gpu-wheels-cute.txt")
+    wanted = {peer.distribution: peer.pin for peer in PEERS.values() if peer.distribution}
+    assert {name: every.get(name) for name in wanted} == wanted
 
 
 @pytest.mark.slow

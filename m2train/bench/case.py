@@ -40,7 +40,18 @@ class SlowStart:
     fn: Fn
 
 
-Impl = Fn | Skip | SlowStart
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """The part that no implementation can do without (the GEMMs of a loss), alone: a bound on the speed of all.
+
+    `fn` has the interface of an implementation, and results of its shapes, whose values mean nothing: they are never
+    checked, and every row and table says so.
+    """
+
+    fn: Fn
+
+
+Impl = Fn | Skip | SlowStart | Ceiling
 
 
 def compiled(fn: Fn, **options: Any) -> SlowStart:
@@ -79,8 +90,8 @@ class Case:
         bytes: memory traffic at the least, a number (forward) or by phase.
         flops: likewise.
         allowance: bytes, by phase, that no implementation's own memory counts: a float32 sum of a narrow gradient.
-        baseline: the implementation whose error is the yardstick and whose time the ratios are against.
-        ours: the implementations that `compare` watches.
+        baseline: the implementation whose error is the yardstick and whose time the ratios are against; no Ceiling.
+        ours: the implementations that `compare` watches; no Ceiling.
         ratio, eps: an error may be `ratio` times the baseline's, plus `eps` of the oracle's largest value.
         rotate: inputs may be cloned to keep them out of the caches.
         pure: the same inputs give the same result, and nothing else changes.
@@ -115,11 +126,19 @@ class Case:
     def __post_init__(self) -> None:
         """Raise ValueError for a case that could be timed without being checked."""
         if self.oracle is None and self.verify is None:
-            raise ValueError("a case needs an oracle or a verify: nothing unchecked is timed")
+            raise ValueError("a case needs an oracle or a verify: nothing but a ceiling is timed unchecked")
         if self.oracle is None and self.grad is not None:
             raise ValueError("a case with gradients needs an oracle: verify sees the results alone")
         if self.baseline not in self.impls:
             raise ValueError(f"baseline {self.baseline!r} is none of the implementations {list(self.impls)}")
+        unchecked = [name for name in (self.baseline, *self.ours) if name in self.ceilings]
+        if unchecked:
+            raise ValueError(f"{unchecked[0]!r} is a ceiling, which is never checked: neither a baseline nor ours")
+
+    @property
+    def ceilings(self) -> tuple[str, ...]:
+        """Names of the implementations that are timed without being checked."""
+        return tuple(name for name, impl in self.impls.items() if isinstance(impl, Ceiling))
 
     @property
     def leaves(self) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ wrong   an error over `ratio` times that of the baseline plus `eps`, against a f
 late    the result changes after the call has returned: a background thread or a side stream finishes it
 cached  the result does not follow the inputs: new values in the same storage give the old result
 Also refused: NaN where the oracle has none, and inputs that were written to.
+A ceiling computes no result of the case: it is not brought here, and its rows say so.
 """
 
 from __future__ import annotations

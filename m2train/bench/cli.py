@@ -189,7 +189,9 @@ def compare(
     rows: Annotated[
         list[str] | None, typer.Option("--rows", help="case[/impl[/shape[/phase]]]; default: our rows of suite smoke")
     ] = None,
-    gate: Annotated[bool, typer.Option("--gate", help="exit 2 when a row is SLOWER")] = False,
+    gate: Annotated[
+        bool, typer.Option("--gate", help="exit 2 when a row is SLOWER, wrong on B, or lost by B")
+    ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="exit 3 when a row is UNCLEAR")] = False,
     pairs: Annotated[int, typer.Option(min=2, help="pairs of processes")] = 8,
     margin: Annotated[
@@ -223,16 +225,15 @@ def compare(
     typer.echo(comparing.render(found))
     if out is not None:
         out.write_text(json.dumps(comparing.as_json(found), indent=1) + "\n")
-    verdicts = {line.judgement.verdict for line in found.lines}
-    if gate and ("SLOWER" in verdicts or found.missing):
+    if gate and found.regressed:
         raise typer.Exit(2)
-    if strict and "UNCLEAR" in verdicts:
+    if strict and any(line.judgement.verdict == "UNCLEAR" for line in found.lines):
         raise typer.Exit(3)
 
 
 @app.command()
 def profile(
-    pattern: Annotated[str, typer.Argument(help="case/impl/shape/phase; what is left out is the first there is")],
+    pattern: Annotated[str, typer.Argument(help="case/impl/shape/phase (fwd | both); left out: the first there is")],
     tool: Annotated[str, typer.Option("--tool", help="ncu | nsys | proton")] = "ncu",
     only_print: Annotated[bool, typer.Option("--print", help="print the command, run nothing")] = False,
     rows: Annotated[

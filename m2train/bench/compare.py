@@ -75,8 +75,15 @@ class Comparison:
     b: str
     how: str
     lines: list[Line]
-    missing: list[str] = field(default_factory=list)
-    """Rows that cannot be compared, with the reason: absent or wrong on one side."""
+    broken: list[str] = field(default_factory=list)
+    """Rows that are wrong on B, or that A has and B has lost, with the reason: none of them may pass a gate."""
+    notes: list[str] = field(default_factory=list)
+    """Others that were not compared, with the reason: skipped on both sides, new on B, or wrong on A alone."""
+
+    @property
+    def regressed(self) -> bool:
+        """Whether B is worse than A somewhere: a row is SLOWER, wrong or lost."""
+        return bool(self.broken) or any(line.judgement.verdict == "SLOWER" for line in self.lines)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +141,8 @@ def _compare_builds(a: Build, b: Build, options: CompareOptions, say: Say) -> Co
         for side in (a, b)
     ]
     logs: dict[str, list[float]] = {}
-    missing: dict[str, str] = {}
+    broken: dict[str, str] = {}
+    notes: dict[str, str] = {}
     places: list[_Place] | None = None
     for pair in range(MORE * options.pairs):
         wanted = None if places is None else [p for p in places if p.name in logs]
@@ -150,8 +158,7 @@ def _compare_builds(a: Build, b: Build, options: CompareOptions, say: Say) -> Co
         with workers([configs[i] for i in order]) as started:
             sides = [started[order.index(0)], started[order.index(1)]]
             if wanted is None:
-                places = _places(sides, options, missing)
-                wanted = [place for place in places if place.name not in missing]
+                places = wanted = _places(sides, options, broken, notes)
             for place in wanted:
                 logs.setdefault(place.name, []).append(_pair_ratio(sides, place, options))
     lines = [
@@ -167,7 +174,8 @@ def _compare_builds(a: Build, b: Build, options: CompareOptions, say: Say) -> Co
         b=f"{b.ref} ({b.sha[:10]})",
         how=how,
         lines=lines,
-        missing=[f"{name}: {reason}" for name, reason in missing.items()],
+        broken=[f"{name}: {reason}" for name, reason in broken.items()],
+        notes=[f"{name}: {reason}" for name, reason in notes.items()],
     )
 
 
@@ -175,15 +183,19 @@ def _judge(logs: Sequence[float], rows: int, options: CompareOptions) -> Judgeme
     return stats.judge_pairs(logs, rows=rows, margin=options.margin)
 
 
-def _places(sides: list[Worker], options: CompareOptions, missing: dict[str, str]) -> list[_Place]:
-    """The rows to compare; those that are absent or wrong on a side go into `missing`."""
-    found = []
+def _places(
+    sides: list[Worker], options: CompareOptions, broken: dict[str, str], notes: dict[str, str]
+) -> list[_Place]:
+    """The rows to compare; those that cannot be go into `broken` or `notes`."""
+    found, nowhere = [], 0
     for spec, shape, selector in registry.select(registry.load(options.cases), options.patterns, "smoke"):
         dtype = registry.dtype_name(spec.dtypes[0])
         opened = [side.ask("open", case=spec.name, shape=shape, dtype=dtype) for side in sides]
-        skip = next((answer["skip"] for answer in opened if "skip" in answer), None)
-        if skip is not None:
-            missing[f"{spec.name}/{shape}"] = skip
+        closed = [answer.get("skip") or answer.get("failed") for answer in opened]
+        if any(closed):
+            nowhere += all(closed)
+            into, reason = (broken, f"lost on side B: {closed[1]}") if not closed[0] else (notes, str(closed[0]))
+            into[f"{spec.name}/{shape}"] = reason if closed[1] else f"new on side B; on side A: {reason}"
             continue
         chosen = [side.ask("choose", pattern=asdict(selector), suite="smoke") for side in sides]
         for phase in chosen[0]["phases"]:
@@ -196,11 +208,14 @@ def _places(sides: list[Worker], options: CompareOptions, missing: dict[str, str
                     phase=phase,
                     cache=options.cache if chosen[0]["rotates"] else "warm",
                 )
-                reason = _wrong(sides, chosen, place)
-                if reason is not None:
-                    missing[place.name] = reason
-                found.append(place)
-    if not found:
+                on_a, on_b = (_problem(*side, place) for side in zip(sides, chosen, strict=True))
+                if on_b is not None:
+                    broken[place.name] = f"{on_b} on side B"
+                elif on_a is not None:
+                    notes[place.name] = f"{on_a} on side A, right on side B"
+                else:
+                    found.append(place)
+    if not found and not broken and len(notes) == nowhere:
         raise ValueError("nothing to compare: no row of ours runs here")
     return found
 
@@ -212,14 +227,12 @@ def _impls(chosen: list[dict[str, Any]], selector: Selector) -> list[str]:
     return [name for name in names if any(name in side["ours"] for side in chosen)]
 
 
-def _wrong(sides: list[Worker], chosen: list[dict[str, Any]], place: _Place) -> str | None:
-    for label, side, answer in zip("AB", sides, chosen, strict=True):
-        if place.impl not in answer["impls"]:
-            return f"not on side {label}: {answer['skipped'].get(place.impl, 'no such implementation')}"
-        numerics = side.ask("check", phase=place.phase, impls=[place.impl])[place.impl]["numerics"]
-        if numerics["verdict"] != "ok":
-            return f"wrong on side {label}: {numerics['reason']}"
-    return None
+def _problem(side: Worker, chosen: dict[str, Any], place: _Place) -> str | None:
+    """Why a row cannot be timed on a side, or None. `_impls` names those that one side has at least."""
+    if place.impl not in chosen["impls"]:
+        return f"absent ({chosen['skipped'].get(place.impl, 'no such implementation')})"
+    numerics = side.ask("check", phase=place.phase, impls=[place.impl])[place.impl]["numerics"]
+    return f"wrong ({numerics['reason']})" if numerics["verdict"] == "refused" else None
 
 
 def _pair_ratio(sides: list[Worker], place: _Place, options: CompareOptions) -> float:
@@ -244,14 +257,17 @@ def _pair_ratio(sides: list[Worker], place: _Place, options: CompareOptions) -> 
 
 
 def _compare_files(a: str, b: str, options: CompareOptions) -> Comparison:
-    sides = []
-    for path in (a, b):
-        rows = latest([row for row in read_rows([Path(path)]) if _matches(row, options.patterns)])
-        sides.append({row.key(): row for row in rows if row.status == "ok" and row.timing is not None})
+    read = [latest([row for row in read_rows([Path(path)]) if _matches(row, options.patterns)]) for path in (a, b)]
+    sides = [{row.key(): row for row in rows if row.status == "ok" and row.timing is not None} for rows in read]
     if not sides[0]:
         raise ValueError(f"{a} holds no timed row that was asked for")
     shared = [key for key in sides[0] if key in sides[1]]
-    missing = [f"{_name(sides[0][key])}: not in {b}" for key in sides[0] if key not in sides[1]]
+    # A peer's row that was never right is no loss; one of ours must not be wrong whatever it was before.
+    wrong = {row.key(): row for row in read[1] if row.status == "refused" and (row.ours or row.key() in sides[0])}
+    broken = [f"{_name(row)}: wrong in {b}: {row.reason}" for row in wrong.values()]
+    lost = [row for key, row in sides[0].items() if key not in sides[1] and key not in wrong]
+    broken += [f"{_name(row)}: not in {b}" for row in lost]
+    notes = [f"{_name(row)}: new in {b}" for key, row in sides[1].items() if key not in sides[0]]
     machines = {row.machine.get("id") for side in sides for row in side.values()}
     lines = []
     for key in shared:
@@ -259,7 +275,7 @@ def _compare_files(a: str, b: str, options: CompareOptions) -> Comparison:
         judged = stats.judge_sides(before, after, rows=len(shared), margin=options.margin)
         lines.append(Line(name=_name(sides[0][key]), judgement=judged))
     how = "two files, measured apart in time" + ("" if len(machines) == 1 else ", ON DIFFERENT MACHINES")
-    return Comparison(a=a, b=b, how=how, lines=lines, missing=missing)
+    return Comparison(a=a, b=b, how=how, lines=lines, broken=broken, notes=notes)
 
 
 def _process_logs(row: Row) -> list[float]:
@@ -296,7 +312,8 @@ def render(found: Comparison) -> str:
         interval = f"x{j.ratio:.3f} [{j.low:.3f}, {j.high:.3f}]"
         limit = f"{100 * j.limit:.1f} %" if math.isfinite(j.limit) else "none"
         lines.append(f"{line.name:<{width}}  {j.verdict:<7}  {interval:<26}  {limit:>6}  {j.units}")
-    lines += [f"not compared: {reason}" for reason in found.missing]
+    lines += [f"BROKEN on B: {reason}" for reason in found.broken]
+    lines += [f"not compared: {reason}" for reason in found.notes]
     if found.lines:
         margin = found.lines[0].judgement.margin
         ratios = [line.judgement.ratio for line in found.lines]
@@ -318,4 +335,5 @@ def as_json(found: Comparison) -> dict[str, Any]:
         | {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(line.judgement).items()}
         for line in found.lines
     ]
-    return {"a": found.a, "b": found.b, "how": found.how, "rows": lines, "missing": found.missing}
+    sides = {"a": found.a, "b": found.b, "how": found.how}
+    return sides | {"rows": lines, "broken": found.broken, "notes": found.notes}

@@ -49,7 +49,8 @@ class Display:
             self._line([Text(name, style="bold") for name in _WIDTHS])
             self._headed = True
         i = row.identity
-        name = Text(f"{i.case}/{i.impl}/{i.shape}/{i.phase} {i.dtype} {i.cache}", style=_STYLE[row.status])
+        mark = " CEILING" if row.ceiling else ""
+        name = Text(f"{i.case}/{i.impl}/{i.shape}/{i.phase} {i.dtype} {i.cache}{mark}", style=_STYLE[row.status])
         if row.status != "ok":
             self._console.print(name.append(f": {row.status}, {row.reason}"), no_wrap=True, overflow="ellipsis")
             return
@@ -88,12 +89,18 @@ def cells(row: Row) -> list[str]:
     return [time, ratio, sol, error, bits, memory, own]
 
 
+def label(row: Row) -> str:
+    """The implementation's name in a table."""
+    return f"{row.identity.impl} (ceiling, not checked)" if row.ceiling else row.identity.impl
+
+
 def notes(row: Row) -> list[str]:
-    """What has no column of its own: ratios to others than the baseline, and figures of merit."""
-    found = []
+    """What has no column of its own: what a ceiling is, ratios to others than the baseline, and figures of merit."""
+    found = [f"not checked: {row.numerics.reason}"] if row.ceiling else []
     t, quality = row.timing, row.numerics.quality
     if t is not None and t.others:
-        ratios = (f"{r.to} x{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in t.others)
+        names = {r.to: f"{r.to} (ceiling)" if r.ceiling else r.to for r in t.others}
+        ratios = (f"{names[r.to]} x{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in t.others)
         found.append(f"time over others': {', '.join(ratios)}")
     if quality:
         found.append(", ".join(f"{name} {value:.6g}" for name, value in quality.items()))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from m2train.bench.case import Case, Fn, SlowStart
+from m2train.bench.case import Case, Ceiling, Fn, SlowStart
 
 Launch = Callable[[], Any]
 MAX_RING_BYTES = 2**30
@@ -18,7 +18,7 @@ MAX_RING = 512
 def callable_of(case: Case, name: str) -> Fn:
     """The implementation itself; it must be one that can run."""
     impl = case.impls[name]
-    fn = impl.fn if isinstance(impl, SlowStart) else impl
+    fn = impl.fn if isinstance(impl, SlowStart | Ceiling) else impl
     assert callable(fn), f"{name}: {fn}"
     return fn
 

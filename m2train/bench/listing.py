@@ -39,6 +39,7 @@ def _case(spec: CaseSpec, device: torch.device) -> dict[str, Any]:
     impls = {}
     for name, impl in case.impls.items():
         kind = "ours" if name in case.ours else "baseline" if name == case.baseline else "peer"
+        kind = "ceiling" if name in case.ceilings else kind
         note = "takes seconds to get ready" if isinstance(impl, SlowStart) else None
         impls[name] = {
             "kind": kind,

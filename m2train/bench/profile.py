@@ -34,7 +34,7 @@ def command(pattern: str, tool: str, out: Path, cases: Path, device: str, dtype:
     """The command line.
 
     Raises:
-        ValueError: an unknown tool, or a pattern that names no case and shape.
+        ValueError: an unknown tool, a pattern that names no case and shape, or a backward alone.
     """
     if tool not in TOOLS:
         raise ValueError(f"got tool {tool!r}; expected one of {', '.join(TOOLS)}")
@@ -43,6 +43,7 @@ def command(pattern: str, tool: str, out: Path, cases: Path, device: str, dtype:
     spec, shape, _ = registry.select(specs, [pattern], "smoke")[0]
     impl = asked.impl if asked.impl != "*" else "m2"
     phase = asked.phase if asked.phase != "*" else "fwd"
+    _check_phase(phase)
     name = out / f"{spec.name}-{impl}-{shape}-{phase}"
     once = ["run", f"{spec.name}/{impl}/{shape}/{phase}", "--once", "--cases", str(cases), "--device", device]
     once += ["--dtype", dtype or registry.dtype_name(spec.dtypes[0])]
@@ -124,14 +125,21 @@ def launch_once(options: RunOptions) -> None:
         )
     if isinstance(impl, Skip):
         raise ValueError(f"{spec.name}/{selector.impl} cannot run here: {impl}")
+    _check_phase(selector.phase)
     run_once(bench, selector.phase, selector.impl)
 
 
+def _check_phase(phase: str) -> None:
+    if phase not in ("fwd", "both"):
+        raise ValueError(
+            f"got phase {phase!r}; a profile holds fwd or both: a backward has no launch without its forward"
+        )
+
+
 def run_once(bench: Bench, phase: str, impl: str) -> None:
-    """One launch for a profiler: first one outside of the range, for what is set up once."""
+    """One launch, fwd or both, for a profiler: first one outside of the range, for what is set up once."""
     fn = callable_of(bench.case, impl)
     ring, _ = make_ring(bench.case, "warm", 0)
-    phase = "fwd" if phase == "fwd" else "both"
     launch(bench.case, fn, ring[0], phase)
     cuda = bench.device.type == "cuda"
     if cuda:

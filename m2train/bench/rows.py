@@ -40,7 +40,7 @@ def append_row(path: Path, row: Row) -> None:
 _COLUMNS = (
     *("id", "created", "status", "reason", "case", "impl", "shape", "dtype", "phase", "cache", "timer", "device"),
     *("threads", "unit", "median", "low", "high", "p10", "p90", "processes", "ratio", "ratio_low", "ratio_high"),
-    *("bytes", "dram_bytes", "flops", "sol_percent", "bound", "energy_j"),
+    *("ceiling", "bytes", "dram_bytes", "flops", "sol_percent", "bound", "energy_j"),
     *("error", "error_ratio", "bitwise_repeat", "batch_invariant"),
     *("peak_bytes", "result_bytes", "own_bytes", "own_share", "saved_bytes", "machine", "sha", "dirty"),
 )
@@ -54,7 +54,7 @@ def to_csv(rows: Sequence[Row]) -> str:
     for row in rows:
         t = row.timing
         values = row.identity.to_dict() | {"id": row.id, "created": row.created, "status": row.status}
-        values |= {"reason": row.reason or row.numerics.reason}
+        values |= {"reason": row.reason or row.numerics.reason, "ceiling": row.ceiling}
         if t is not None:
             values |= {
                 name: getattr(t, name) for name in ("unit", "median", "low", "high", "p10", "p90", "processes")

@@ -169,6 +169,7 @@ class _Group:
         self.machine, self.build = pool.workers[0].facts["machine"], pool.workers[0].facts["build"]
         self.opened: dict[str, Any] = {}
         self.ours: list[str] = []
+        self.unchecked: list[str] = []
         self.lost: dict[str, str] = {}
         """Implementations that took a process's GPU with them."""
 
@@ -181,7 +182,7 @@ class _Group:
         chosen = self.choose()
         for phase in chosen["phases"]:
             checked = self._checked(chosen, phase)
-            good = [name for name, entry in checked.items() if entry["numerics"]["verdict"] == "ok"]
+            good = [name for name, entry in checked.items() if entry["numerics"]["verdict"] != "refused"]
             for cache in self._caches(chosen["rotates"]):
                 for name, reason in chosen["skipped"].items():
                     yield self._row(name, phase, cache, "skipped", reason=reason)
@@ -235,7 +236,7 @@ class _Group:
             checked = self._checked(chosen, phase)
             for name, entry in checked.items():
                 numerics, memory = Numerics.from_dict(entry["numerics"]), _memory(checked, name, chosen["baseline"])
-                status = "ok" if numerics.verdict == "ok" else "refused"
+                status = {"ok": "ok", "unchecked": "skipped"}.get(numerics.verdict, "refused")
                 yield self._row(name, phase, "warm", status, reason=numerics.reason, numerics=numerics, memory=memory)
             for name in self.lost.keys() & set(chosen["impls"]):
                 yield self._row(name, phase, "warm", "refused", reason=self.lost[name])
@@ -245,7 +246,7 @@ class _Group:
         chosen: dict[str, Any] = self.pool.workers[0].ask(
             "choose", pattern=asdict(self.selector), suite=self.options.suite
         )
-        self.ours = chosen["ours"]
+        self.ours, self.unchecked = chosen["ours"], chosen["ceilings"]
         return chosen
 
     def _caches(self, rotates: bool) -> list[str]:
@@ -291,7 +292,7 @@ class _Group:
                 continue
             baseline = chosen["baseline"] if chosen["baseline"] in good else None
             others = [one for one in good if one not in self.ours] if name in self.ours else []
-            timing = make_timing(name, baseline, answers, others)
+            timing = make_timing(name, baseline, answers, others, self.unchecked)
             row = self._row(name, phase, cache, "ok", timing=timing, numerics=numerics, timer=timer)
             row.memory = _memory(checked, name, chosen["baseline"])
             moved, flops = chosen["cost"][phase]
@@ -329,6 +330,7 @@ class _Group:
             created=created,
             status=status,  # type: ignore[arg-type]
             ours=impl in self.ours,
+            ceiling=impl in self.unchecked,
             identity=identity,
             machine=self.machine,
             build=self.build,
@@ -343,7 +345,13 @@ def _memory(checked: dict[str, Any], name: str, baseline: str) -> Memory:
     return with_share(found, base if name != baseline else None)
 
 
-def make_timing(name: str, baseline: str | None, answers: list[dict[str, Any]], others: Sequence[str] = ()) -> Timing:
+def make_timing(
+    name: str,
+    baseline: str | None,
+    answers: list[dict[str, Any]],
+    others: Sequence[str] = (),
+    ceilings: Sequence[str] = (),
+) -> Timing:
     """The timing part of a row from what each process measured; `others` are further ones to be compared with."""
     samples = [answer["samples"][name] for answer in answers]
     pooled = stats.flat(samples)
@@ -352,7 +360,7 @@ def make_timing(name: str, baseline: str | None, answers: list[dict[str, Any]], 
 
     def over(other: str) -> Ratio:
         value, least, most = stats.bootstrap_ratio(samples, [answer["samples"][other] for answer in answers])
-        return Ratio(to=other, value=value, low=least, high=most)
+        return Ratio(to=other, value=value, low=least, high=most, ceiling=other in ceilings)
 
     return Timing(
         unit=answers[0]["unit"],

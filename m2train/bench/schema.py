@@ -38,6 +38,8 @@ class Ratio(Part):
     value: float
     low: float
     high: float
+    ceiling: bool = False
+    """`to` is a ceiling: part of the work alone, whose results were not checked."""
 
 
 @dataclass(kw_only=True)
@@ -131,6 +133,8 @@ class Row(Part):
     reason: str = ""
     ours: bool = False
     """One of this project's implementations; the others are there to be compared with."""
+    ceiling: bool = False
+    """Timed, never checked: part of the work alone, a bound on the speed of the implementations."""
     identity: Identity
     timing: Timing | None = None
     physics: Physics = field(default_factory=Physics)

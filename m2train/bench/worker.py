@@ -23,9 +23,9 @@ import torch
 
 from m2train.bench import env, registry
 from m2train.bench.case import Case, CaseSpec, Skip, SlowStart
-from m2train.bench.check import Checker, Guards
+from m2train.bench.check import Checker, Guards, check_phase
 from m2train.bench.energy import counter, joules
-from m2train.bench.launch import arm, callable_of, input_bytes, make_ring, prepare
+from m2train.bench.launch import arm, as_leaves, callable_of, input_bytes, launch, make_ring, prepare
 from m2train.bench.measurement import Measurement, Ready, warm
 from m2train.bench.memory import measure_memory
 from m2train.bench.schema import Numerics
@@ -51,8 +51,14 @@ class Bench:
         return self.checkers[phase]
 
     def check(self, name: str, phase: str) -> Numerics:
-        """Check one implementation; one that raises is refused with its message."""
+        """Check one implementation; one that raises is refused with its message. A ceiling is launched, no more."""
         try:
+            if name in self.case.ceilings:
+                fn, inputs = callable_of(self.case, name), as_leaves(self.case, self.case.inputs)
+                launch(self.case, fn, inputs, check_phase(self.case, phase))
+                return Numerics(
+                    verdict="unchecked", reason="a ceiling: part of the work alone, no result of the case"
+                )
             return self.checker(phase).run(name)
         except Exception as err:  # noqa: BLE001  (whatever a candidate raises is its verdict)
             return Numerics(verdict="refused", reason=brief(err))
@@ -118,6 +124,7 @@ class Server:
             "phases": phases,
             "baseline": case.baseline,
             "ours": list(case.ours),
+            "ceilings": list(case.ceilings),
             "rotates": case.rotate and input_bytes(case.inputs) > 0,
             "cost": {phase: case.cost(phase) for phase in phases},
         }
@@ -132,7 +139,7 @@ class Server:
             if numerics.verdict == "ok":
                 memory = measure_memory(bench.case, callable_of(bench.case, name), phase, self.device)
                 entry["memory"] = memory.to_dict()
-            elif self._lost():
+            elif numerics.verdict == "refused" and self._lost():
                 return {"lost": name, "reason": f"it broke the CUDA context: {numerics.reason}"}
             found[name] = entry
             self._release()
@@ -200,7 +207,8 @@ class Server:
         finally:
             timer.forget()
         after = env.gpu_state() if before else {}
-        late = {name: bench.checker(phase).stale(name) for name in impls} if stale else {}
+        checked = [name for name in impls if name not in bench.case.ceilings]
+        late = {name: bench.checker(phase).stale(name) for name in checked} if stale else {}
         return {
             "samples": run.samples,
             "launches": {name: one.per_sample for name, one in ready.items()},

@@ -1,23 +1,48 @@
-"""The Triton kernels on a Hopper GPU, at real shapes: what the interpreter and the sm_90 gate cannot show."""
+"""The Triton and CUDA kernels on a Hopper GPU, at real shapes: what interpreter and sm_90 gate cannot show."""
+
+import re
 
 import pytest
 import torch
 from forests import dialogues, replies
 from kernel_testing import assert_kernel
-from policy_cases import SPECS, for_spec, ids
+from policy_cases import SPECS, device_case, for_spec, ids
 from policy_cases import make_case as make_policy_case
 from policy_cases import run as run_policy
+from policy_cases import step as policy_loss_step
 from tree_cases import EPS, NAMES, assert_matches, inputs, run
 from triton_head_cases import check_head, make_case, oracle_rows
 from triton_testing import on_hopper
 
 import m2kernels as mk
+from m2kernels.group_advantage import unsupported_reason as group_advantage_reason
+from m2kernels.policy_loss import unsupported_reason as policy_loss_reason
 
 pytestmark = on_hopper
 
 # rows, dim, vocabulary: Qwen's and SmolLM's padded ones, GPT-2's ragged one, and a hidden size of no whole block.
 SHAPES = [(256, 2048, 151936), (300, 576, 49152), (129, 888, 50257)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def backends(unsupported_reason):
+    """Both ways to run an op on a GPU; one that cannot run here is skipped with its reason."""
+    reasons = {name: unsupported_reason(name) for name in ("triton", "cuda")}
+    return pytest.mark.parametrize(
+        "backend",
+        [
+            pytest.param(name, marks=pytest.mark.skipif(why is not None, reason=f"backend {name}: {why}"))
+            for name, why in reasons.items()
+        ],
+    )
+
+
+def late(x):
+    """`x`, there only after long work of the current stream: a launch on another one would read it too soon."""
+    busy = torch.randn(8192, 8192, device="cuda")
+    for _ in range(8):
+        busy = busy @ busy * 1e-4
+    return x + 0 * busy[0, 0].to(x.dtype).nan_to_num(0, 0, 0)
 
 
 def head():
@@ -70,13 +95,7 @@ def test_head_on_a_side_stream():
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        # Long work first: a launch on another stream would read `hidden` before it is there.
-        busy = torch.randn(8192, 8192, device="cuda")
-        for _ in range(8):
-            busy = busy @ busy * 1e-4
-        late = case.hidden * (1 + 0 * busy[0, 0].to(case.hidden.dtype).nan_to_num(0, 0, 0))
-        moved = type(case)(**{**vars(case), "hidden": late})
-        got = both(moved)
+        got = both(type(case)(**{**vars(case), "hidden": late(case.hidden)}))
     stream.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
@@ -205,39 +224,79 @@ def test_a_wrong_factor_waits_for_nothing():
         torch.cuda.set_sync_debug_mode("default")
 
 
+LENGTHS = torch.randint(1, 16, (4096,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+@backends(policy_loss_reason)
 @pytest.mark.parametrize("spec", SPECS, ids=ids)
-def test_policy_loss_at_size_without_a_sync(spec):
-    lengths = torch.randint(1, 16, (4096,), generator=torch.Generator().manual_seed(0)).tolist()
-    case = for_spec(make_policy_case(lengths), spec)
+def test_policy_loss_at_size_without_a_sync(spec, backend):
+    case = for_spec(make_policy_case(LENGTHS), spec)
     want = run_policy(case, spec, 1000.0, torch.float64, backend="torch")
     plain = run_policy(case, spec, 1000.0, backend="torch")
-    run_policy(case, spec, 1000.0, device="cuda", backend="triton")  # compiles
-    args = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in case.items()}
-    args["logp"] = args["logp"].requires_grad_()
+    args = device_case(LENGTHS, spec, device="cuda")
+    mk.policy_loss(**args, denom=1000.0, backend=backend)  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            out = mk.policy_loss(**args, denom=1000.0, spec=spec, backend="triton")
+            out = mk.policy_loss(**args, denom=1000.0, backend=backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     out.loss.backward()
-    names = [e.name for e in profile.events() if e.name.endswith("_kernel") and "Memcpy" not in e.name]
-    assert 2 <= len(names) <= 3, names
+    # Triton's are called name_kernel, those of C++ void m2k::...::name_kernel<...>(...).
+    launched = [e.name for e in profile.events() if re.search(r"_kernel\b", e.name)]
+    assert 2 <= len(launched) <= 3, launched
     assert_kernel("loss", out.loss, plain[0], want[0])
     assert_kernel("grad_logp", args["logp"].grad, plain[1], want[1])
-    again = mk.policy_loss(**args, denom=1000.0, spec=spec, backend="triton")
-    assert torch.equal(out.loss, again.loss)
 
 
-def test_group_advantage_at_size():
+# One term a token, and one a sequence with an entropy bonus: each kernel of both files is launched.
+TWO_SPECS = pytest.mark.parametrize("spec", [SPECS[0], SPECS[8]], ids=ids)
+
+
+@backends(policy_loss_reason)
+@TWO_SPECS
+def test_policy_loss_on_a_side_stream(spec, backend):
+    args = device_case(LENGTHS, spec, device="cuda")
+    want = policy_loss_step(args, 1000.0, backend)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        args["logp"] = late(args["logp"].detach()).requires_grad_()
+        got = policy_loss_step(args, 1000.0, backend)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@backends(policy_loss_reason)
+@TWO_SPECS
+def test_policy_loss_in_a_cuda_graph(spec, backend):
+    """Captured with its backward, and replayed on other log-probs; the denominator is a number of the capture."""
+    args = device_case(LENGTHS, spec, device="cuda")
+    other = device_case(LENGTHS, spec, device="cuda", seed=1)
+    before = policy_loss_step(args, 1000.0, backend)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = policy_loss_step(args, 1000.0, backend)
+    with torch.no_grad():
+        args["logp"].copy_(other["logp"].nan_to_num(-1.0))  # NaN is where the other's mask is
+    graph.replay()
+    torch.cuda.synchronize()
+    assert not torch.equal(captured[0], before[0])
+    want = policy_loss_step(args, 1000.0, backend)
+    assert all(torch.equal(a, b) for a, b in zip(captured, want, strict=True))
+
+
+@backends(group_advantage_reason)
+def test_group_advantage_at_size(backend):
     reward = torch.rand(4096, device="cuda").round(decimals=2)
     group = torch.randint(0, 512, (4096,), device="cuda")
-    got = mk.group_advantage(reward, group, scale="std", backend="triton")
+    got = mk.group_advantage(reward, group, scale="std", backend=backend)
     want = mk.group_advantage(reward.double(), group, scale="std", backend="torch")
     plain = mk.group_advantage(reward, group, scale="std", backend="torch")
     assert_kernel("advantage", got, plain, want)
-    assert torch.equal(got, mk.group_advantage(reward, group, scale="std", backend="triton"))
+    assert torch.equal(got, mk.group_advantage(reward, group, scale="std", backend=backend))
 
 
 TREES = {
@@ -358,11 +417,7 @@ def test_tree_on_a_side_stream_and_in_a_cuda_graph():
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        busy = torch.randn(8192, 8192, device="cuda")
-        for _ in range(8):
-            busy = busy @ busy * 1e-4
-        late = [(x + 0 * busy[0, 0].to(x.dtype).nan_to_num(0, 0, 0)).detach().requires_grad_() for x in xs]
-        got = run(late, d, plan, "triton")
+        got = run([late(x.detach()).requires_grad_() for x in xs], d, plan, "triton")
     stream.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     graph = torch.cuda.CUDAGraph()

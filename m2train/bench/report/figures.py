@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from m2train.bench.display import duration
+from m2train.bench.display import duration, label
 from m2train.bench.report.select import short
 from m2train.bench.schema import Row
 from m2train.report.svg import NUM_COLORS, Axis, fmt
@@ -91,7 +91,7 @@ def roofline(rows: Sequence[Row], colors: dict[str, int]) -> str:
         i, t = row.identity, row.timing
         assert t is not None
         share = f"{row.physics.sol_percent:.1f} % of the speed of light"
-        tip = f"{i.case}/{i.impl} {short(row)}: {duration(t.median, t.unit)}, {share}"
+        tip = f"{i.case}/{label(row)} {short(row)}: {duration(t.median, t.unit)}, {share}"
         color = colors.get(i.case, 0) % NUM_COLORS
         kind = "own" if row.ours else "other"
         parts.append(
@@ -131,7 +131,15 @@ def ratios(rows: Sequence[Row], color: int) -> str:
         ratio, middle = row.timing.ratio, 4 + BAR_ROW * (number + 0.5)
         start, end = sorted((x(1), x(ratio.value)))
         mark = "good" if ratio.high < 1 else "bad" if ratio.low > 1 else "even"
-        parts.append(_text(BAR_LABEL - 10, middle + 4, f"{row.identity.impl}  {short(row)}", "label", "end"))
+        parts.append(
+            _text(
+                BAR_LABEL - 10,
+                middle + 4,
+                f"{row.identity.impl}{' (ceiling)' if row.ceiling else ''}  {short(row)}",
+                "label",
+                "end",
+            )
+        )
         parts.append(
             f'<g class="c{color % NUM_COLORS}"><rect class="{mark}" x="{start:.1f}" y="{middle - 6:.1f}" '
             f'width="{max(1.0, end - start):.1f}" height="12"/></g>'

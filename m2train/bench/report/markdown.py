@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from m2train.bench.display import cells, notes
+from m2train.bench.display import cells, label, notes
 from m2train.bench.report.select import groups, latest, machine_name, short
 from m2train.bench.schema import Row
 
@@ -58,4 +58,4 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 def table_line(row: Row) -> str:
     """One row of a table; the row's id is what `m2bench repro` takes."""
-    return "| " + " | ".join([row.identity.impl, *cells(row), f"`{row.id}`"]) + " |"
+    return "| " + " | ".join([label(row), *cells(row), f"`{row.id}`"]) + " |"

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 import m2train.report
-from m2train.bench.display import cells, notes
+from m2train.bench.display import cells, label, notes
 from m2train.bench.report import figures
 from m2train.bench.report.select import groups, latest, machine_name, short
 from m2train.bench.schema import Row
@@ -125,7 +125,7 @@ def _machine(name: str, shown: Sequence[Row], rows: Sequence[Row], colors: dict[
 
 def _cells(row: Row) -> tuple[list[str], list[str]]:
     """A table's row, and what stands below it."""
-    return [row.identity.impl, *cells(row), row.id], notes(row)
+    return [label(row), *cells(row), row.id], notes(row)
 
 
 def _trends(name: str, rows: Sequence[Row], colors: dict[str, int]) -> list[dict[str, str]]:

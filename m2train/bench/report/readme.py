@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2train.bench.display import duration
+from m2train.bench.display import duration, label
 from m2train.bench.report.select import latest
 from m2train.bench.schema import Row
 from m2train.files import write_atomic
@@ -38,7 +38,7 @@ def table(rows: Sequence[Row]) -> str:
         sol = f"{row.physics.sol_percent:.0f} %" if row.physics.sol_percent is not None else "-"
         what = f"{i.shape} {i.phase} {i.dtype} {i.cache}"
         clock = f"{duration(t.median, t.unit)} ({i.timer})"
-        lines.append(f"| {i.case} | {what} | {i.impl} | {clock} | {ratio} | {sol} | `m2bench repro {row.id}` |")
+        lines.append(f"| {i.case} | {what} | {label(row)} | {clock} | {ratio} | {sol} | `m2bench repro {row.id}` |")
     return "\n".join(lines)
 
 
