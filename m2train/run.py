@@ -17,7 +17,7 @@ from m2train.config import ConfigError, Recipe
 from m2train.errors import RunError
 from m2train.learner.client import LearnerClient
 from m2train.metrics import MetricsWriter, read_metrics
-from m2train.models import model_shape, resolve_model
+from m2train.models import resolve_model
 from m2train.phases import Phases
 from m2train.progress import Progress
 from m2train.records import StepRollouts
@@ -25,7 +25,6 @@ from m2train.rollout.chat import ChatTemplate
 from m2train.rollout.engine import EnginePool
 from m2train.rollout.journal import Journal
 from m2train.rollout.sampler import Sampler
-from m2train.rollout.server import check_options
 from m2train.rundir import RunDir, rollout_file
 from m2train.verifier import CaseSampler, CaseScript, EmbeddedVerifier, build_verifier, load_cases, split_cases
 
@@ -171,7 +170,7 @@ async def open_run(
     rollouts_only: bool = False,
     train_from: Path | None = None,
 ) -> AsyncIterator[Run]:
-    """Start engines and learner side by side for a recipe that `check` let pass; close both whatever happens.
+    """Start engines and learner side by side for a recipe that `preflight.check` passed; close both whatever happens.
 
     Raises:
         RunError: an engine or the learner did not start.
@@ -230,33 +229,6 @@ def summary(run_dir: Path) -> dict[str, object]:
     if worst:
         lines["max |learner - rollout log-prob|"] = f"{max(worst):.2e}"
     return lines
-
-
-def check(recipe: Recipe, train_from: Path | None = None) -> None:
-    """Refuse what cannot run before anything is written, started or discarded.
-
-    Raises:
-        ConfigError: a model or layout that cannot run, too few saved rollouts, or too few held-out cases.
-    """
-    if train_from is not None:
-        _check_source(train_from, recipe.steps)
-    unseen = len(split_cases(load_cases()).held_out)
-    if recipe.eval.cases > unseen:
-        raise ConfigError(f"eval.cases = {recipe.eval.cases}, but there are {unseen} held-out cases; lower it")
-    check_options(recipe.vllm)
-    shape = model_shape(resolve_model(recipe.model.path))
-    recipe.check_model(shape.heads, shape.kv_heads, shape.layers, shape.max_positions)
-
-
-def _check_source(source: Path, steps: int) -> None:
-    have = 0
-    while rollout_file(source, have).exists():
-        have += 1
-    if have < steps:
-        raise ConfigError(
-            f"{source} holds rollouts of {have} consecutive steps, but steps = {steps}; lower steps, or "
-            "make more with --rollouts-only"
-        )
 
 
 def _export_folder(run_dir: Path, recipe: Recipe) -> Path:

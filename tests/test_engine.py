@@ -170,7 +170,7 @@ def test_bad_option_says_why(run_async: Any, tiny_model: Path, tmp_path: Path) -
 
 def test_option_that_we_set_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe().model_copy(update={"vllm": {"logprobs_mode": "raw_logprobs"}})
-    with pytest.raises(EngineError, match="logprobs_mode is set by m2train"):
+    with pytest.raises(ConfigError, match="logprobs_mode is set by m2train"):
         EnginePool(recipe, tiny_model, tmp_path)
 
 
