@@ -107,10 +107,13 @@ def doctor(
     settings: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="for machines and bug reports")] = False,
 ) -> None:
-    """Say what works on this machine and why the rest does not."""
-    from m2train.doctor import diagnose, render
+    """Say what works on this machine and why the rest does not.
 
-    findings = diagnose(load(recipe, settings or []) if recipe else None)
+    Exit code 1: RECIPE could not run here, or could not be read; the cause is told.
+    """
+    from m2train.doctor import diagnose, diagnose_file, render
+
+    findings = diagnose_file(recipe, settings or []) if recipe else diagnose()
     typer.echo(json.dumps(findings, indent=1) if as_json else render(findings))
     if findings.get("recipe", {}).get("problems"):
         raise typer.Exit(1)

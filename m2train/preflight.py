@@ -50,7 +50,7 @@ def faults(recipe: Recipe, *, train_from: Path | None = None, rollouts_only: boo
             refuse()
         except ConfigError as err:
             found.append(str(err))
-    return found
+    return list(dict.fromkeys(found))  # [megatron] keys are looked at alone, and again with the model
 
 
 def _checks(recipe: Recipe, train_from: Path | None, rollouts_only: bool) -> Iterator[Callable[[], None]]:

@@ -106,6 +106,23 @@ def test_a_mistake_costs_no_earlier_run(
     code, out = m2train("train", recipe, "--set", setting, "--run-dir", run_dir.root, "--restart")
     assert (code, out.count("\n")) == (2, 1) and words in out, out
     assert before == {path: path.read_bytes() for path in run_dir.root.rglob("*") if path.is_file()}
+    code, told = m2train("doctor", recipe, "--set", setting)
+    assert code == 1 and "can run here" not in told
+    assert out.splitlines()[-1].removeprefix("m2train: ") in told, "doctor and train name the same cause"
+
+
+def test_doctor_names_what_is_wrong_with_a_recipe_that_cannot_be_read(
+    recipe: Path, m2train: Any, tmp_path: Path
+) -> None:
+    recipe.write_text("steps = = 1\n")
+    code, out = m2train("doctor", recipe, "--json")
+    assert code == 1 and "is not valid TOML" in json.loads(out)["recipe"]["problems"][0]
+    recipe.write_text("stepz = 1\n")
+    code, out = m2train("doctor", recipe)
+    assert code == 1 and "recipe    unknown key stepz; did you mean steps?" in out
+    assert "op        tree_attention [" in out, "the rest is told all the same"
+    code, out = m2train("doctor", tmp_path / "absent.toml")
+    assert code == 1 and "cannot read recipe" in out
 
 
 def test_all_faults_are_named_at_once(recipe: Path, m2train: Any, tmp_path: Path) -> None:
