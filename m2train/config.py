@@ -263,6 +263,11 @@ class Recipe(Section):
                 f"of {self.model.path}"
             )
 
+    @property
+    def export_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of the weights that pass from the learner to the engines: the narrower of the two."""
+        return "bfloat16" if "bfloat16" in (self.learner.dtype, self.rollout.dtype) else "float32"
+
     def to_toml(self) -> str:
         """The whole recipe, defaults included, as TOML (None is left out, as TOML has no null)."""
         import tomli_w

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from m2train.config import ConfigError, Recipe, load
+from m2train.exports import SHARED_MEMORY, export_place
 from m2train.host import free_port
+from m2train.models import resolve_model
 
 # The versions that the test-suite ran with; others may work.
 TESTED = {
@@ -78,7 +80,10 @@ def diagnose(recipe: Recipe | None = None) -> dict[str, Any]:
         "ops": ops,
     }
     if recipe is not None:
-        findings["recipe"] = {"name": recipe.name, "problems": _problems(recipe)}
+        problems = _problems(recipe)
+        findings["recipe"] = {"name": recipe.name, "problems": problems}
+        if not problems:
+            findings["recipe"]["exports"] = export_place(recipe, resolve_model(recipe.model.path))[1]
     return findings
 
 
@@ -100,8 +105,9 @@ def render(findings: dict[str, Any]) -> str:
         for backend, reason in backends.items():
             lines.append(f"op        {op} [{backend}]: {reason or 'available'}")
     if "recipe" in findings:
-        problems = findings["recipe"]["problems"]
-        lines += [f"recipe    {problem}" for problem in problems] or ["recipe    can run here"]
+        found = findings["recipe"]
+        told = found["problems"] or ["can run here", found["exports"]]
+        lines += [f"recipe    {line}" for line in told]
     return "\n".join(lines)
 
 
@@ -126,7 +132,7 @@ def _limit(number: int) -> str:
 
 
 def _shared_memory() -> int:
-    return shutil.disk_usage("/dev/shm").free if os.access("/dev/shm", os.W_OK) else 0
+    return shutil.disk_usage(SHARED_MEMORY).free if os.access(SHARED_MEMORY, os.W_OK) else 0
 
 
 def _port_free() -> bool:

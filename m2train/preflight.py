@@ -15,7 +15,7 @@ from types import ModuleType
 
 from m2train.config import ConfigError, Recipe
 from m2train.host import on_cpu, visible_gpus
-from m2train.models import model_shape, resolve_model
+from m2train.models import model_shape, resolve_model, weights_size
 from m2train.rollout.chat import ChatTemplate
 from m2train.rollout.client import EngineClient
 from m2train.rollout.engine import check_engines
@@ -131,6 +131,7 @@ def _check_model(recipe: Recipe, rollouts_only: bool) -> None:
     model = resolve_model(recipe.model.path)
     shape = model_shape(model)
     recipe.check_model(shape.heads, shape.kv_heads, shape.layers, shape.max_positions)
+    weights_size(model, recipe.export_dtype)
     ChatTemplate(model, thinking=recipe.model.thinking)
     if rollouts_only:
         return

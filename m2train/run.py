@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from typing import TypeVar
 from m2train.concurrency import gather_or_cancel
 from m2train.config import ConfigError, Recipe
 from m2train.errors import RunError
+from m2train.exports import open_export_folder
 from m2train.learner.client import LearnerClient
 from m2train.metrics import MetricsWriter, read_metrics
 from m2train.models import resolve_model
@@ -180,7 +179,9 @@ async def open_run(
     chat = ChatTemplate(model, thinking=recipe.model.thinking)
     train_cases, heldout = split_cases(load_cases())
     progress.start(recipe, run_dir.root, done=first)
-    exports = _export_folder(run_dir.root, recipe)
+    exports, place = open_export_folder(run_dir.root, recipe, model)
+    if train_from is None and not rollouts_only:
+        progress.note(f"  {place}")
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(shutil.rmtree, exports, ignore_errors=True)
         engines = None if train_from else EnginePool(recipe, model, run_dir.root, stop_token_ids=chat.stop_token_ids)
@@ -229,18 +230,3 @@ def summary(run_dir: Path) -> dict[str, object]:
     if worst:
         lines["max |learner - rollout log-prob|"] = f"{max(worst):.2e}"
     return lines
-
-
-def _export_folder(run_dir: Path, recipe: Recipe) -> Path:
-    """Where weights pass from the learner to the engines: shared memory, or the run directory if they are elsewhere.
-
-    One folder per run directory, so that what a killed run left is found and removed by the next.
-    """
-    base = Path("/dev/shm")
-    elsewhere = bool(recipe.rollout.urls) or recipe.learner.launch == "external"
-    if elsewhere or not os.access(base, os.W_OK):
-        base = run_dir
-    folder = base / f"m2train-{hashlib.blake2b(str(run_dir).encode(), digest_size=8).hexdigest()}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder
