@@ -92,12 +92,12 @@ async def reply_group(run: Run, sampler: Sampler, part: Slice) -> Group:
     """Rubrics for one slice, G replies to it, a grade for each."""
     case = run.case(part.dialogue.case_id)
     prompt = context_ids(part.turns)
-    rubrics = run.verifier.rubrics(case, part.turns)
+    rubrics = await run.verifier.rubrics(case, part.turns)
 
     async def reply(index: int) -> Reply:
         generation = await sampler.sample(f"{part.uid}/reply{index}", prompt, affinity=part.dialogue.uid)
         text = run.chat.text(run.chat.visible(generation.token_ids))
-        verdicts = run.verifier.grade(rubrics, text, case, part.turns)
+        verdicts = await run.verifier.grade(rubrics, text, case, part.turns)
         reward = run.verifier.score(rubrics, verdicts)
         return Reply(generation=generation, text=text, verdicts=verdicts, rubric_reward=reward)
 

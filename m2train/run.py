@@ -25,7 +25,7 @@ from m2train.rollout.engine import EnginePool
 from m2train.rollout.journal import Journal
 from m2train.rollout.sampler import Sampler
 from m2train.rundir import RunDir, rollout_file
-from m2train.verifier import CaseSampler, CaseScript, EmbeddedVerifier, build_verifier, load_cases, split_cases
+from m2train.verifier import CaseSampler, CaseScript, Verifier, build_verifier, load_cases, split_cases
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ class Run:
     recipe: Recipe
     dir: RunDir
     chat: ChatTemplate
-    verifier: EmbeddedVerifier
+    verifier: Verifier
     cases: CaseSampler
     heldout: Sequence[CaseScript]
     engines: EnginePool | None

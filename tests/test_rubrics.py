@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +32,8 @@ def turn(role: str, text: str) -> Turn:
 def reward(case: CaseScript, turns: list[Turn], reply: str, scoring: Scoring) -> float:
     """What the loop would give the reply."""
     verifier = EmbeddedVerifier(scoring=scoring)
-    rubrics = verifier.rubrics(case, turns)
-    return verifier.score(rubrics, verifier.grade(rubrics, reply, case, turns))
+    rubrics = asyncio.run(verifier.rubrics(case, turns))
+    return verifier.score(rubrics, asyncio.run(verifier.grade(rubrics, reply, case, turns)))
 
 
 def opening(case: CaseScript, seed: int = 5) -> list[Turn]:

@@ -51,22 +51,23 @@ async def evaluate(run: Run, step: int) -> dict[str, float]:
                 for case in cases
             ],
         )
-    groups = [group for dialogue in dialogues for group in _graded_turns(run, dialogue)]
+        graded = await run.gather("grades", [_graded_turns(run, dialogue) for dialogue in dialogues])
+    groups = [group for part in graded for group in part]
     rollouts = StepRollouts(step=step, weight_version=run.version, dialogues=dialogues, groups=groups)
     write_atomic(path, rollouts.model_dump_json())
     path.with_suffix(".journal.jsonl").unlink()
     return _row(run, groups)
 
 
-def _graded_turns(run: Run, dialogue: Dialogue) -> list[Group]:
+async def _graded_turns(run: Run, dialogue: Dialogue) -> list[Group]:
     case = run.case(dialogue.case_id)
     groups = []
     for index, turn in enumerate(dialogue.turns):
         if turn.role != "doctor" or turn.generation is None:
             continue
         context = dialogue.turns[:index]
-        rubrics = run.verifier.rubrics(case, context)
-        verdicts = run.verifier.grade(rubrics, turn.text, case, context)
+        rubrics = await run.verifier.rubrics(case, context)
+        verdicts = await run.verifier.grade(rubrics, turn.text, case, context)
         reply = Reply(
             generation=turn.generation,
             text=turn.text,

@@ -34,11 +34,16 @@ if TYPE_CHECKING:
     from m2train.learner.batch import TrainBatch
 
 _CLOSE_S = 10.0
-# glibc gives large blocks back to the kernel when they are freed, and page faults then take two thirds of an
-# elementwise op on [4800, 3072] bf16 (100 ops: 0.39 s user + 0.71 s system; with these 0.33 + 0.00; one AMD EPYC).
-_KEEP_MEMORY = ":".join(
-    f"glibc.malloc.{name}" for name in ("hugetlb=1", "mmap_max=0", "trim_threshold=4000000000", "top_pad=67108864")
-)
+# For ranks on a CPU, unless the user's environment says otherwise.
+_CPU_DEFAULTS = {
+    # glibc gives large blocks back to the kernel when they are freed, and page faults then take two thirds of an
+    # elementwise op on [4800, 3072] bf16 (100 ops: 0.39 s user + 0.71 s system; so 0.33 + 0.00; one AMD EPYC).
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4000000000"
+    ":glibc.malloc.top_pad=67108864",
+    # Threads that spin at a barrier keep the one they wait for from running as soon as anything else wants a core: a
+    # step of 8 layers beside one busy process took 8 to 35 s, so 6.4.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 # Metrics of several updates of a step are averaged, except these.
 _SUMMED = (
     *("learner/forward_backward_s", "learner/optimizer_s", "learner/micro_batches"),
@@ -287,8 +292,9 @@ class LearnerClient:
             extra["TORCHDYNAMO_DISABLE"] = (
                 "1"  # Megatron's jit_fuser is torch.compile, which needs a C++ compiler here
             )
-            if "GLIBC_TUNABLES" not in os.environ:
-                extra["GLIBC_TUNABLES"] = _KEEP_MEMORY
+            for name, value in _CPU_DEFAULTS.items():
+                if name not in os.environ:
+                    extra[name] = value
         return os.environ | extra
 
 

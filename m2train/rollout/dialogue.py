@@ -9,13 +9,13 @@ from m2train.config import Recipe
 from m2train.records import Dialogue, Turn
 from m2train.rollout.chat import ChatTemplate
 from m2train.rollout.sampler import Sampler, derive_seed
-from m2train.verifier import CaseScript, EmbeddedVerifier
+from m2train.verifier import CaseScript, Verifier
 
 
 async def run_dialogue(
     sampler: Sampler,
     chat: ChatTemplate,
-    verifier: EmbeddedVerifier,
+    verifier: Verifier,
     case: CaseScript,
     uid: str,
     recipe: Recipe,
@@ -29,7 +29,7 @@ async def run_dialogue(
     """
     seed = derive_seed(recipe.seed, uid)
     patient = verifier.make_patient(case, seed)
-    opening = patient.opening()
+    opening = await patient.opening()
     turns = [
         Turn(role="system", text=recipe.rollout.system_prompt, token_ids=chat.open(recipe.rollout.system_prompt)),
         Turn(role="patient", text=opening.text, token_ids=chat.patient(opening.text), state=opening.state),
@@ -45,7 +45,7 @@ async def run_dialogue(
         turns.append(
             Turn(role="doctor", text=chat.text(visible), token_ids=chat.close(visible), generation=generation)
         )
-        answer = patient.reply(turns[-1].text)
+        answer = await patient.reply(turns[-1].text)
         if answer is None:
             end_reason = "gate"
             break

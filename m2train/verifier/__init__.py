@@ -1,12 +1,13 @@
-"""The embedded verifier: simulated patients, rubrics, grades.
+"""What judges a policy: simulated patients, rubrics, grades.
 
-CPU only, no language model, deterministic under a seed.
-Each part stands behind a protocol, so that a part backed by a language model can take its place.
+The loop knows the protocols alone. They are asynchronous, so that a patient, a rubric generator or a grader that asks
+a language model can take the place of the embedded ones without holding up the other dialogues. The embedded verifier
+needs a CPU only and is deterministic under a seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,13 +24,12 @@ __all__ = [
     "CaseScript",
     "EmbeddedVerifier",
     "Fact",
-    "Grader",
     "Patient",
     "PatientMessage",
     "Persona",
-    "RubricGenerator",
     "SimulatedPatient",
     "Split",
+    "Verifier",
     "build_verifier",
     "generate_rubrics",
     "load_cases",
@@ -40,62 +40,83 @@ __all__ = [
 class Patient(Protocol):
     """Plays one patient through one dialogue."""
 
-    def opening(self) -> PatientMessage:
+    async def opening(self) -> PatientMessage:
         """The first message."""
         ...
 
-    def reply(self, doctor_text: str) -> PatientMessage | None:
+    async def reply(self, doctor_text: str) -> PatientMessage | None:
         """The next message; None ends the dialogue."""
         ...
 
 
-class RubricGenerator(Protocol):
-    """Writes the criteria for the reply that follows a slice."""
-
-    def __call__(self, case: CaseScript, turns: Sequence[Turn]) -> list[Rubric]:
-        """Criteria with weights."""
-        ...
-
-
-class Grader(Protocol):
-    """Decides one criterion."""
-
-    def __call__(self, rubric: Rubric, reply_text: str, case: CaseScript, turns: Sequence[Turn]) -> Verdict:
-        """Met, not met, or None: cannot tell."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class EmbeddedVerifier:
-    """Patient, rubrics and grader as the loop uses them."""
-
-    scoring: grading.Scoring = "minmax"
-    patient: Callable[[CaseScript, int], Patient] = SimulatedPatient
-    generator: RubricGenerator = generate_rubrics
-    grader: Grader = grading.grade
+class Verifier(Protocol):
+    """Patients, rubrics and grades. Calls for many dialogues and replies are in flight at once."""
 
     def make_patient(self, case: CaseScript, seed: int) -> Patient:
         """A patient who has not spoken yet."""
-        return self.patient(case, seed)
+        ...
 
-    def rubrics(self, case: CaseScript, turns: Sequence[Turn]) -> list[Rubric]:
-        """Criteria for the reply that follows these turns."""
-        return self.generator(case, turns)
+    async def rubrics(self, case: CaseScript, turns: Sequence[Turn]) -> list[Rubric]:
+        """Criteria with weights for the reply that follows these turns."""
+        ...
 
-    def grade(
+    async def grade(
         self, rubrics: Sequence[Rubric], reply_text: str, case: CaseScript, turns: Sequence[Turn]
     ) -> list[Verdict]:
-        """One verdict per criterion."""
-        return [self.grader(rubric, reply_text, case, turns) for rubric in rubrics]
+        """One verdict per criterion; `met=None` where it could not be told."""
+        ...
 
     def score(
         self, rubrics: Sequence[Rubric], verdicts: Sequence[Verdict], scoring: grading.Scoring | None = None
     ) -> float:
         """The rubric reward in [0, 1], by the recipe's scoring unless another is asked for."""
+        ...
+
+
+class _EmbeddedPatient:
+    """A simulated patient, who answers at once."""
+
+    def __init__(self, patient: SimulatedPatient) -> None:
+        self._patient = patient
+
+    async def opening(self) -> PatientMessage:
+        return self._patient.opening()
+
+    async def reply(self, doctor_text: str) -> PatientMessage | None:
+        return self._patient.reply(doctor_text)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedVerifier:
+    """The :class:`Verifier` without a language model."""
+
+    scoring: grading.Scoring = "minmax"
+
+    def make_patient(self, case: CaseScript, seed: int) -> Patient:
+        """See :meth:`Verifier.make_patient`; the same seed plays the same."""
+        return _EmbeddedPatient(SimulatedPatient(case, seed))
+
+    async def rubrics(self, case: CaseScript, turns: Sequence[Turn]) -> list[Rubric]:
+        """See :meth:`Verifier.rubrics`."""
+        return generate_rubrics(case, turns)
+
+    async def grade(
+        self, rubrics: Sequence[Rubric], reply_text: str, case: CaseScript, turns: Sequence[Turn]
+    ) -> list[Verdict]:
+        """See :meth:`Verifier.grade`."""
+        return [grading.grade(rubric, reply_text, case, turns) for rubric in rubrics]
+
+    def score(
+        self, rubrics: Sequence[Rubric], verdicts: Sequence[Verdict], scoring: grading.Scoring | None = None
+    ) -> float:
+        """See :meth:`Verifier.score`."""
         return grading.score(rubrics, verdicts, scoring or self.scoring)
 
 
-def build_verifier(config: VerifierConfig) -> EmbeddedVerifier:
+_KINDS = {"embedded": EmbeddedVerifier}
+
+
+def build_verifier(config: VerifierConfig) -> Verifier:
     """The verifier of a recipe.
 
     Raises:
@@ -104,4 +125,4 @@ def build_verifier(config: VerifierConfig) -> EmbeddedVerifier:
     reason = unsupported_reason()
     if reason:
         raise ConfigError(reason)
-    return EmbeddedVerifier(scoring=config.scoring)
+    return _KINDS[config.kind](scoring=config.scoring)
