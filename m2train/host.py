@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import signal
 import socket
@@ -17,6 +18,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def on_cpu() -> bool:
     """Whether this machine has no NVIDIA GPU (no torch import: asked before anything starts)."""
     return not Path("/dev/nvidiactl").exists() and shutil.which("nvidia-smi") is None
+
+
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that a child may be given: those of CUDA_VISIBLE_DEVICES, else all (no torch import)."""
+    listed = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return listed or [p.name.removeprefix("nvidia") for p in sorted(Path("/dev").glob("nvidia[0-9]*"))]
 
 
 def free_port(host: str = LOOPBACK) -> int:

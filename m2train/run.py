@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +13,10 @@ from typing import TypeVar
 from m2train.concurrency import gather_or_cancel
 from m2train.config import ConfigError, Recipe
 from m2train.errors import RunError
+from m2train.exports import open_export_folder
 from m2train.learner.client import LearnerClient
 from m2train.metrics import MetricsWriter, read_metrics
-from m2train.models import model_shape, resolve_model
+from m2train.models import resolve_model
 from m2train.phases import Phases
 from m2train.progress import Progress
 from m2train.records import StepRollouts
@@ -25,7 +24,6 @@ from m2train.rollout.chat import ChatTemplate
 from m2train.rollout.engine import EnginePool
 from m2train.rollout.journal import Journal
 from m2train.rollout.sampler import Sampler
-from m2train.rollout.server import check_options
 from m2train.rundir import RunDir, rollout_file
 from m2train.verifier import CaseSampler, CaseScript, Verifier, build_verifier, load_cases, split_cases
 
@@ -171,7 +169,7 @@ async def open_run(
     rollouts_only: bool = False,
     train_from: Path | None = None,
 ) -> AsyncIterator[Run]:
-    """Start engines and learner side by side for a recipe that `check` let pass; close both whatever happens.
+    """Start engines and learner side by side for a recipe that `preflight.check` passed; close both whatever happens.
 
     Raises:
         RunError: an engine or the learner did not start.
@@ -181,7 +179,9 @@ async def open_run(
     chat = ChatTemplate(model, thinking=recipe.model.thinking)
     train_cases, heldout = split_cases(load_cases())
     progress.start(recipe, run_dir.root, done=first)
-    exports = _export_folder(run_dir.root, recipe)
+    exports, place = open_export_folder(run_dir.root, recipe, model)
+    if train_from is None and not rollouts_only:
+        progress.note(f"  {place}")
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(shutil.rmtree, exports, ignore_errors=True)
         engines = None if train_from else EnginePool(recipe, model, run_dir.root, stop_token_ids=chat.stop_token_ids)
@@ -230,45 +230,3 @@ def summary(run_dir: Path) -> dict[str, object]:
     if worst:
         lines["max |learner - rollout log-prob|"] = f"{max(worst):.2e}"
     return lines
-
-
-def check(recipe: Recipe, train_from: Path | None = None) -> None:
-    """Refuse what cannot run before anything is written, started or discarded.
-
-    Raises:
-        ConfigError: a model or layout that cannot run, too few saved rollouts, or too few held-out cases.
-    """
-    if train_from is not None:
-        _check_source(train_from, recipe.steps)
-    unseen = len(split_cases(load_cases()).held_out)
-    if recipe.eval.cases > unseen:
-        raise ConfigError(f"eval.cases = {recipe.eval.cases}, but there are {unseen} held-out cases; lower it")
-    check_options(recipe.vllm)
-    shape = model_shape(resolve_model(recipe.model.path))
-    recipe.check_model(shape.heads, shape.kv_heads, shape.layers, shape.max_positions)
-
-
-def _check_source(source: Path, steps: int) -> None:
-    have = 0
-    while rollout_file(source, have).exists():
-        have += 1
-    if have < steps:
-        raise ConfigError(
-            f"{source} holds rollouts of {have} consecutive steps, but steps = {steps}; lower steps, or "
-            "make more with --rollouts-only"
-        )
-
-
-def _export_folder(run_dir: Path, recipe: Recipe) -> Path:
-    """Where weights pass from the learner to the engines: shared memory, or the run directory if they are elsewhere.
-
-    One folder per run directory, so that what a killed run left is found and removed by the next.
-    """
-    base = Path("/dev/shm")
-    elsewhere = bool(recipe.rollout.urls) or recipe.learner.launch == "external"
-    if elsewhere or not os.access(base, os.W_OK):
-        base = run_dir
-    folder = base / f"m2train-{hashlib.blake2b(str(run_dir).encode(), digest_size=8).hexdigest()}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder

@@ -73,6 +73,10 @@ def test_unreadable_recipes(tmp_path: Path) -> None:
         ({"learner": {"tp": 2}}, ["learner.tp = 2", "9 heads", "3 KV heads", "possible: 1, 3"]),
         ({"learner": {"pp": 4}}, ["learner.pp = 4", "30 layers"]),
         (
+            {"rollout": {"tensor_parallel": 2}},
+            ["rollout.tensor_parallel = 2", "9 heads", "3 KV heads", "possible: 1, 3, 9"],
+        ),
+        (
             {"rollout": {"max_context_tokens": 8100}, "learner": {"micro_batch_tokens": 9000}},
             ["rollout.max_context_tokens", "8192 positions"],
         ),
@@ -85,7 +89,13 @@ def test_layouts_that_the_model_cannot_take(settings: dict[str, dict[str, int]],
         assert name in str(err.value)
 
 
-def test_a_layout_that_fits() -> None:
-    Recipe.model_validate({"learner": {"tp": 3, "pp": 2}}).check_model(
-        heads=9, kv_heads=3, layers=30, max_positions=8192
-    )
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learner": {"tp": 3, "pp": 2}, "rollout": {"tensor_parallel": 3}},
+        {"rollout": {"tensor_parallel": 9}},  # vLLM copies KV heads; the learner does not
+        {"rollout": {"tensor_parallel": 2, "urls": ["http://a"]}},  # of servers that are started here
+    ],
+)
+def test_layouts_that_fit(settings: dict[str, dict[str, int]]) -> None:
+    Recipe.model_validate(settings).check_model(heads=9, kv_heads=3, layers=30, max_positions=8192)

@@ -64,7 +64,8 @@ def test_a_server_that_does_not_answer_and_too_few_files(monkeypatch: pytest.Mon
     url = f"http://127.0.0.1:{free_port()}"
     recipe = {"model": {"path": str(tiny_model)}, "rollout": {"urls": [url], "max_context_tokens": 128}}
     recipe["algo"] = {"max_new_tokens": 64}
-    assert diagnose(parse(recipe))["recipe"]["problems"] == [f"no vLLM server answers at {url} (rollout.urls)"]
+    silent = f"no vLLM server answers at {url} (rollout.urls); start it, or correct the URL"
+    assert diagnose(parse(recipe))["recipe"]["problems"] == [silent]
     monkeypatch.setattr(doctor_module.resource, "getrlimit", lambda number: (300, 300))
     problems = diagnose(parse(recipe))["recipe"]["problems"]
     assert any("rollout.concurrency = 64 needs 384 open files; ulimit -n: 300" in line for line in problems)

@@ -136,6 +136,14 @@ def test_missing_route_names_the_flag(run_async: Any, tiny_model: Path, tmp_path
         run_async(EnginePool(tiny_recipe(urls=[url]), tiny_model, tmp_path).start())
 
 
+@pytest.mark.parametrize("versions", [None, [], "absent"])
+def test_tokens_without_weight_versions_are_refused(
+    run_async: Any, tiny_model: Path, tmp_path: Path, versions: Any
+) -> None:
+    with fake_server(versions=versions) as url, pytest.raises(EngineError, match="does not say which weights"):
+        run_async(EnginePool(tiny_recipe(urls=[url]), tiny_model, tmp_path).start())
+
+
 def test_raw_logprobs_are_refused(run_async: Any, tiny_model: Path, tmp_path: Path) -> None:
     with fake_server() as url, pytest.raises(EngineError, match="--logprobs-mode processed_logprobs"):
         run_async(EnginePool(tiny_recipe(urls=[url]), tiny_model, tmp_path).start())
@@ -170,7 +178,7 @@ def test_bad_option_says_why(run_async: Any, tiny_model: Path, tmp_path: Path) -
 
 def test_option_that_we_set_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe().model_copy(update={"vllm": {"logprobs_mode": "raw_logprobs"}})
-    with pytest.raises(EngineError, match="logprobs_mode is set by m2train"):
+    with pytest.raises(ConfigError, match="logprobs_mode is set by m2train"):
         EnginePool(recipe, tiny_model, tmp_path)
 
 
@@ -293,15 +301,19 @@ def until(condition: Any, wait_s: float = 20.0) -> None:
         time.sleep(0.05)
 
 
+_SPANS = ({"version": "default", "start": 0, "end": 1},)
+
+
 @contextlib.contextmanager
-def fake_server(missing: str = "") -> Iterator[str]:
-    """Answers like a vLLM server that lacks one thing: a route, or processed log-probs."""
+def fake_server(missing: str = "", versions: Any = _SPANS) -> Iterator[str]:
+    """Answers like a vLLM server that lacks one thing: a route, weight versions of tokens, or processed log-probs."""
     import json
     import threading
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     entry = {"token_id": 1, "logprob": -0.7, "rank": 1}
-    choice = {"finish_reason": "length", "token_ids": [1], "weight_versions": [], "logprobs": {"content": [entry]}}
+    choice = {"finish_reason": "length", "token_ids": [1], "logprobs": {"content": [entry]}}
+    choice |= {"weight_versions": versions} if versions != "absent" else {}
     answers: dict[str, Any] = {
         "/health": {},
         "/v1/models": {"data": [{"id": "m"}]},

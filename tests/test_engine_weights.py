@@ -19,7 +19,10 @@ from m2train.rollout.sampler import Sampler
 
 
 class FakeServer:
-    """A started server: its weights are called "initial" until someone publishes others. Also its own process."""
+    """A started server: its weights are called "initial" until someone publishes others. Also its own process.
+
+    With an empty version it does not name the weights of its tokens.
+    """
 
     url = "http://127.0.0.1:1"
 
@@ -31,8 +34,8 @@ class FakeServer:
     async def generate(self, prompt_ids: Any, **_: Any) -> Generation:
         if not self.alive:
             raise EngineLost("gone")
-        span = VersionSpan(version=self.version, start=0, end=1)
-        return Generation(token_ids=[1], logprobs=[0.0], finish_reason="stop", weight_versions=[span], seed=0)
+        spans = [VersionSpan(version=self.version, start=0, end=1)] if self.version else []
+        return Generation(token_ids=[1], logprobs=[0.0], finish_reason="stop", weight_versions=spans, seed=0)
 
     async def set_weight_version(self, version: str) -> None:
         self.version = version
@@ -110,3 +113,14 @@ def test_tokens_of_other_weights_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="step3/b was sampled by weights step-9; expected step-3"):
         asyncio.run(sampler.sample("step3/b", [1], affinity=""))
     assert journal.get("step3/a") is not None and journal.get("step3/b") is None
+
+
+def test_tokens_of_unnamed_weights_end_the_run(tmp_path: Path) -> None:
+    server = FakeServer()
+    server.version = ""
+    journal = Journal(tmp_path / "journal", "step-3")
+    with pytest.raises(RunError, match="does not say which weights the tokens of step3/a come from; expected step-3"):
+        asyncio.run(Sampler(server, tiny_recipe(), journal).sample("step3/a", [1], affinity=""))
+    journal.put("step3/a", asyncio.run(server.generate([1])))  # as one of an earlier version of m2train may hold
+    journal.close()
+    assert Journal(tmp_path / "journal", "step-3").get("step3/a") is None, "sampled again, not trusted"

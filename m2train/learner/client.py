@@ -158,7 +158,7 @@ class LearnerClient:
 
         Args:
             path: for speed, in /dev/shm.
-            dtype: float32 | bfloat16; None: the narrower of `learner.dtype` and `rollout.dtype`.
+            dtype: float32 | bfloat16; None: the recipe's `export_dtype`.
 
         Returns:
             `export_s` and `export_bytes`.
@@ -166,8 +166,7 @@ class LearnerClient:
         Raises:
             LearnerError: as `train`.
         """
-        narrow = "bfloat16" in (self._recipe.learner.dtype, self._recipe.rollout.dtype)
-        dtype = dtype or ("bfloat16" if narrow else "float32")
+        dtype = dtype or self._recipe.export_dtype
         facts = self._call({"op": "export", "path": str(path.absolute()), "dtype": dtype})["facts"]
         return {"export_s": facts["seconds"], "export_bytes": facts["bytes"]}
 

@@ -83,6 +83,13 @@ def read_hf_config(folder: Path) -> HfModel:
     if kind not in _MODEL_TYPES:
         raise ConfigError(f"{path}: model_type {kind!r}; the learner trains {', '.join(_MODEL_TYPES)}")
     _refuse(path, raw)
+    try:
+        return _model(folder, kind, raw)
+    except KeyError as err:
+        raise ConfigError(f"{path} has no {err.args[0]!r}; save the model again with save_pretrained") from err
+
+
+def _model(folder: Path, kind: str, raw: dict[str, Any]) -> HfModel:
     heads = int(raw["num_attention_heads"])
     return HfModel(
         folder=folder,
@@ -96,7 +103,7 @@ def read_hf_config(folder: Path) -> HfModel:
         vocab=int(raw["vocab_size"]),
         max_positions=int(raw["max_position_embeddings"]),
         norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope=_rope(path, raw),
+        rope=_rope(folder / "config.json", raw),
         tied=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",

@@ -7,10 +7,11 @@ write the folder.
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from m2train.config import ConfigError
 
@@ -94,6 +95,26 @@ def model_shape(folder: Path) -> ModelShape:
             f"{folder / 'config.json'} has no {err.args[0]!r}; expected a complete Hugging Face config; "
             "save the model again with save_pretrained"
         ) from err
+
+
+def weights_size(folder: Path, dtype: Literal["float32", "bfloat16"]) -> int:
+    """Bytes of the folder's weights as one safetensors file of this dtype; only headers are read.
+
+    Raises:
+        ModelError: a file that is not safetensors.
+    """
+    width = {"float32": 4, "bfloat16": 2}[dtype]
+    size = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with path.open("rb") as handle:
+                length = int.from_bytes(handle.read(8), "little")
+                tensors = json.loads(handle.read(min(length, path.stat().st_size)))
+            elements = sum(math.prod(entry["shape"]) for name, entry in tensors.items() if name != "__metadata__")
+        except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as err:
+            raise ModelError(f"{path} is not a safetensors file ({err}); download or save the model again") from err
+        size += 8 + length + width * elements
+    return size
 
 
 def _check_folder(folder: Path) -> None:

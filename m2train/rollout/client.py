@@ -54,12 +54,18 @@ class EngineClient:
         """Refuse a server that was started without what training needs, naming the flag to add.
 
         Raises:
-            EngineError: token route, weight routes or processed log-probs are missing.
+            EngineError: token route, weight routes, weight versions of tokens or processed log-probs are missing.
         """
         self._model = (await self.call("GET", "/v1/models"))["data"][0]["id"]
         await self.weight_version()
         # top_k = 1 leaves one token: its log-prob is 0 if filters are part of the distribution, else below 0.
         answer = await self._generate([0], {"max_tokens": 1, "temperature": 1.0, "top_k": 1, "logprobs": 0})
+        if not answer.weight_versions:
+            raise EngineError(
+                f"{self.url} does not say which weights its tokens come from (weight_versions of {GENERATE_ROUTE}); "
+                "without that no one can tell whether a reply is the policy's; start it with a vLLM whose "
+                "token route reports them (0.32 does)"
+            )
         if abs(answer.logprobs[0]) > 1e-6:
             raise EngineError(
                 f"{self.url} returns raw log-probs; training needs those of the sampled distribution; "
@@ -90,7 +96,7 @@ class EngineClient:
             token_ids=choice["token_ids"],
             logprobs=[entry["logprob"] for entry in choice["logprobs"]["content"]],
             finish_reason=reason,
-            weight_versions=[VersionSpan(**span) for span in choice["weight_versions"] or []],
+            weight_versions=[VersionSpan(**span) for span in choice.get("weight_versions") or []],
             seed=sampling.get("seed", 0),
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 import zlib
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from m2train.concurrency import gather_or_cancel
 from m2train.config import ConfigError, Recipe
-from m2train.host import on_cpu
+from m2train.host import on_cpu, visible_gpus
 from m2train.models import model_shape
 from m2train.records import Generation
 from m2train.rollout.client import EngineClient, EngineError, EngineLost
@@ -338,15 +337,26 @@ def _identity(path: Path) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
+def check_engines(recipe: Recipe) -> None:
+    """Refuse engines that this machine cannot have; nothing is started.
+
+    Raises:
+        ConfigError: NCCL without a GPU, or fewer GPUs than the engines take.
+    """
+    weight_transfer(recipe)
+    if not recipe.rollout.urls:
+        _devices(recipe.rollout.servers, recipe.rollout.tensor_parallel)
+
+
 def weight_transfer(recipe: Recipe) -> str:
     """How a run's weights travel: file | nccl. "auto" is nccl where there is a GPU.
 
     Raises:
-        EngineError: nccl is asked for on a machine without a GPU.
+        ConfigError: nccl is asked for on a machine without a GPU.
     """
     asked = recipe.rollout.weight_transfer
     if asked == "nccl" and on_cpu():
-        raise EngineError("rollout.weight_transfer = 'nccl' needs a GPU in this machine; use 'file', or 'auto'")
+        raise ConfigError("rollout.weight_transfer = 'nccl' needs a GPU in this machine; use 'file', or 'auto'")
     if asked == "auto":
         return "file" if on_cpu() else "nccl"
     return asked
@@ -382,10 +392,7 @@ def _devices(servers: int, per_server: int) -> list[list[str]] | None:
     """
     if on_cpu():
         return None
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = [name for name in listed.split(",") if name]
-    if not names:
-        names = [p.name.removeprefix("nvidia") for p in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+    names = visible_gpus()
     if len(names) < servers * per_server:
         raise ConfigError(
             f"rollout.servers = {servers} x rollout.tensor_parallel = {per_server} take {servers * per_server} GPUs, "

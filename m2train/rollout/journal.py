@@ -25,7 +25,7 @@ class Journal:
 
     Args:
         path: the file; made when missing.
-        weight_version: the version that this step's tokens must come from; entries of another one are ignored.
+        weight_version: the version that this step's tokens must come from; of others, or of none: ignored.
     """
 
     def __init__(self, path: Path, weight_version: str) -> None:
@@ -42,7 +42,7 @@ class Journal:
                 break
             whole += len(line)
             generation = Generation.model_validate(entry["generation"])
-            if {span.version for span in generation.weight_versions} <= {weight_version}:
+            if {span.version for span in generation.weight_versions} == {weight_version}:
                 self._done[entry["key"]] = generation
         if whole < len(raw):
             log.warning("journal %s: dropped %d bytes of an unfinished line", path, len(raw) - whole)

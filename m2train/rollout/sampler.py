@@ -52,7 +52,7 @@ class Sampler:
             affinity: requests of the same affinity go to the same engine, whose prefix cache they share.
 
         Raises:
-            RunError: the engine's tokens come from other weights than those of this step.
+            RunError: the engine's tokens come from other weights than those of this step, or from unnamed ones.
         """
         done = self._journal.get(key)
         if done is not None:
@@ -65,10 +65,15 @@ class Sampler:
             seed=derive_seed(self._recipe.seed, key),
             affinity=affinity,
         )
-        others = {span.version for span in generation.weight_versions} - {self._journal.weight_version}
-        if others:
+        found, expected = {span.version for span in generation.weight_versions}, self._journal.weight_version
+        if not found:
             raise RunError(
-                f"{key} was sampled by weights {', '.join(sorted(others))}; expected {self._journal.weight_version}: "
+                f"the engine does not say which weights the tokens of {key} come from; expected {expected}: its vLLM "
+                "must report weight_versions (0.32 does)"
+            )
+        if found != {expected}:
+            raise RunError(
+                f"{key} was sampled by weights {', '.join(sorted(found - {expected}))}; expected {expected}: "
                 "does another run update the same engine (rollout.urls)? give each run its own"
             )
         self._journal.put(key, generation)

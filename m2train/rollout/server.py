@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from m2train.config import ConfigError
 from m2train.host import LOOPBACK, free_port, on_cpu
 from m2train.rollout.client import EngineClient, EngineError
 from m2train.sync import weight_transfer_flags
@@ -103,11 +104,11 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Refuse `[vllm]` keys that m2train sets itself.
 
     Raises:
-        EngineError: naming the key.
+        ConfigError: naming the key.
     """
     for key in options:
         if key.replace("-", "_") in _OURS:
-            raise EngineError(f"[vllm] {key} is set by m2train (see the [model] and [rollout] sections); remove it")
+            raise ConfigError(f"[vllm] {key} is set by m2train (see the [model] and [rollout] sections); remove it")
 
 
 def server_environment(spec: ServerSpec) -> dict[str, str]:

@@ -7,22 +7,62 @@ the test compares to FOLDER/<layout>.pt.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from learner_models import OVERLAPPED, VARIANTS, make_batch, make_recipe
+from learner_models import LOSS_SCALE, OVERLAPPED, VARIANTS, make_batch, make_recipe
 from megatron.core import parallel_state
 from torch import distributed as dist
 
+import m2kernels as mk
 from m2train.bench.parity import captured
 from m2train.learner import optimizer_fixes
 from m2train.learner import trainer as trainer_module
 from m2train.learner.batch import TrainBatch
 from m2train.learner.hf import export_weights
+from m2train.learner.model import HeadOutput, HeadRows
 from m2train.learner.parallel import start_process_group
 from m2train.learner.trainer import Trainer
+
+Change = Callable[[Trainer], None]
+"""What a variant changes in a trainer before its first step."""
+
+
+def nothing(_: Trainer) -> None: ...
+
+
+def scale_loss(trainer: Trainer) -> None:
+    """Megatron's hook of a loss scaler: its schedule applies it to each micro-batch's loss before the backward."""
+    trainer.policy.config.grad_scale_func = lambda loss: loss * LOSS_SCALE
+
+
+def score_eagerly(trainer: Trainer) -> None:
+    trainer.policy.head = eager_head
+
+
+def eager_head(hidden: torch.Tensor, weight: torch.Tensor, head: HeadRows) -> HeadOutput:
+    """The head as plain PyTorch: logits of every row and the whole vocabulary in fp32, autograd's backward."""
+    logits = (hidden.float() @ weight.float().t())[:, : head.vocab_size] / head.temperature
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)[head.rows]
+    logp, loss = log_p[head.rows, head.target], head.loss
+    if loss is None:
+        return HeadOutput(logp, entropy.detach(), None, {})
+    found = mk.policy_loss(
+        logp,
+        loss.old_logp,
+        loss.advantage,
+        loss.seq,
+        denom=loss.denom,
+        spec=loss.spec,
+        entropy=entropy,
+        rollout_logp=loss.rollout_logp,
+        backend="torch",
+    )
+    return HeadOutput(logp.detach(), entropy.detach(), found.loss, found.metrics)
 
 
 class Layout:
@@ -38,13 +78,16 @@ class Layout:
         recipe = make_recipe(*self.sizes, **learner)
         return Trainer(recipe, self.folder / variant, resume)
 
-    def three_steps(self, variant: str, **learner: Any) -> dict[str, Any]:
+    def three_steps(self, variant: str, change: Change = nothing, **learner: Any) -> dict[str, Any]:
         """`steps` of three batches."""
-        return self.steps(variant, [make_batch(seed) for seed in range(3)], **learner)
+        return self.steps(variant, [make_batch(seed) for seed in range(3)], change, **learner)
 
-    def steps(self, variant: str, batches: list[TrainBatch], **learner: Any) -> dict[str, Any]:
+    def steps(
+        self, variant: str, batches: list[TrainBatch], change: Change = nothing, **learner: Any
+    ) -> dict[str, Any]:
         """Log-probs, losses and norms of a step per batch, and the first step's gradients by Hugging Face names."""
         trainer = self.trainer(variant, **learner)
+        change(trainer)
         out: dict[str, Any] = {"initial": trainer.logprobs(batches[0])}
         grads = self.folder / f"{self.name}_{variant}_grads.safetensors"
         with captured(trainer) as found:
@@ -116,6 +159,8 @@ def reference_extras(layout: Layout) -> dict[str, Any]:
         "recompute": {"recompute": True},
     }.items():
         out[name] = layout.three_steps("qwen3", **settings)
+    for variant in OVERLAPPED:
+        out["eager", variant] = layout.three_steps(variant, score_eagerly)
     checkpoint = layout.folder / "ckpt_single"
     out["unbroken"] = unbroken(layout, checkpoint)
     out["resumed"] = resumed(layout, checkpoint)
@@ -142,6 +187,9 @@ def main() -> None:
         layout.round_trip(variant)
     if layout.sizes == (1, 1, 1):
         out |= reference_extras(layout)
+    if layout.sizes in ((1, 1, 1), (2, 2, 1)):
+        for variant in OVERLAPPED:
+            out["scaled", variant] = layout.steps(variant, [make_batch()], scale_loss, micro_batches=4)
     if layout.sizes == (2, 1, 1):
         out["no_sequence_parallel"] = layout.three_steps("qwen3", sequence_parallel=False)
     if layout.sizes == (1, 1, 2):

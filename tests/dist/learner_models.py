@@ -35,6 +35,7 @@ _LLAMA3_ROPE = {
 }
 VARIANTS = ("llama", "llama_tied", "qwen2", "qwen3")
 OVERLAPPED = ("llama_tied", "qwen3")  # tied and untied head
+LOSS_SCALE = 4.0
 
 
 def write_model(folder: Path, variant: str, dtype: torch.dtype = torch.float32, layers: int = 4) -> Path:

