@@ -51,7 +51,7 @@ def linear_nll(s: Setup) -> Case:
             "m2": m2,
             "torch": whole(s, full),
             "torch-chunked": chunked(budget(s)),
-            "torch-lce": torch_lce(torch_own),
+            "torch-lce": torch_lce(s, torch_own),
             "cce": peers.peer("cce", s.device, "cut_cross_entropy", lambda m: _mean_on_rows(m.linear_cross_entropy)),
             "quack": peers.peer("quack", s.device, "quack.linear_cross_entropy", _quack),
         },

@@ -180,7 +180,7 @@ def linear_policy_loss(s: Setup) -> Case:
             "torch-gathered": gathered if 4.0 * count * s.V < EAGER_BYTES else Skip("full logits do not fit"),
             "torch-chunked": chunked(budget(s)),
             "compile": whole(s, compiled(full)),
-            "torch-lce": torch_lce(torch_own),
+            "torch-lce": torch_lce(s, torch_own),
             "liger": peers.peer(
                 "liger-chunked",
                 s.device,

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from m2train.bench import peers, shapes
-from m2train.bench.case import Ceiling, Fn, Setup, Skip
+from m2train.bench.case import Ceiling, Fn, Impl, Setup, Skip, SlowStart
 
 MODELS = ("smollm2-135m", "qwen3-1.7b", "qwen3-8b", "llama-3.1-8b", "qwen2.5-32b")
 CPU_LIMIT = 3e11
@@ -199,10 +199,11 @@ def whole(s: Setup, full: Fn) -> Fn | Skip:
     return full if baseline(s) == "torch" else Skip("full logits of all rows do not fit")
 
 
-def torch_lce(run: Fn) -> Fn | Skip:
-    """A method built on torch's chunked head, where the installed torch has one."""
-    there = hasattr(torch.nn, "LinearCrossEntropyOptions")
-    return run if there else Skip(f"torch {torch.__version__} has no chunked F.linear_cross_entropy")
+def torch_lce(s: Setup, run: Fn) -> Impl:
+    """A method built on torch's chunked head, where the installed torch has one; slow on a CPU, above all in bf16."""
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return Skip(f"torch {torch.__version__} has no chunked F.linear_cross_entropy")
+    return SlowStart(run) if s.device.type == "cpu" else run
 
 
 def loss_settings(s: Setup, rows: int) -> dict[str, Any]:

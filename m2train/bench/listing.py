@@ -40,7 +40,7 @@ def _case(spec: CaseSpec, device: torch.device) -> dict[str, Any]:
     for name, impl in case.impls.items():
         kind = "ours" if name in case.ours else "baseline" if name == case.baseline else "peer"
         kind = "ceiling" if name in case.ceilings else kind
-        note = "takes seconds to get ready" if isinstance(impl, SlowStart) else None
+        note = "takes seconds to get ready or to run" if isinstance(impl, SlowStart) else None
         impls[name] = {
             "kind": kind,
             "unsupported_reason": str(impl) if isinstance(impl, Skip) else None,

@@ -129,7 +129,7 @@ def split_impls(case: Case, selector: Selector, suite: str) -> tuple[list[str], 
         if isinstance(impl, Skip):
             skipped[name] = str(impl)
         elif isinstance(impl, SlowStart) and suite == "smoke" and selector.impl == "*":
-            skipped[name] = "takes seconds to get ready: left out of suite smoke (name it to run it)"
+            skipped[name] = "takes seconds to get ready or to run: left out of suite smoke (name it to run it)"
         else:
             runnable.append(name)
     return runnable, skipped

@@ -39,7 +39,7 @@ class Budget:
 
 
 BUDGETS = {
-    "smoke": Budget(processes=5, seconds=0.12, warmup_s=0.12),
+    "smoke": Budget(processes=3, seconds=0.1, warmup_s=0.1),
     "paper": Budget(processes=5, seconds=1.0, warmup_s=0.2, energy_s=0.4),
     "nightly": Budget(processes=8, seconds=5.0, warmup_s=0.5, energy_s=1.0),
 }
