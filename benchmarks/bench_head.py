@@ -12,6 +12,7 @@ from head_common import (
     FIRST,
     MODELS,
     NIGHTLY,
+    SMOKE,
     eager,
     eager_entropy,
     gemm_flops,
@@ -90,7 +91,7 @@ def _on_rows(fn: Fn) -> Fn:
     "lm_head",
     shapes=SHAPES,
     dtypes=(torch.bfloat16, torch.float32),
-    smoke=("smollm2-135m-128-50pct",),
+    smoke=(SMOKE,),
     nightly=(
         "qwen2.5-32b-8192-100pct",
         *NIGHTLY,

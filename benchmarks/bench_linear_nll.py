@@ -13,7 +13,7 @@ from m2train.bench import peers
 from m2train.bench.case import Case, Fn, Setup, case
 
 
-@case("linear_nll", shapes=loss_shapes(), **LOSS_CASE)
+@case("linear_nll", shapes=loss_shapes(), smoke=(), **LOSS_CASE)
 def linear_nll(s: Setup) -> Case:
     """Mean negative log-prob at some rows: supervised heads compute nothing else, so here they are peers."""
     rows = selected_rows(s, s.M / s.N)

@@ -9,6 +9,7 @@ from head_common import (
     EAGER_BYTES,
     LOSS_CASE,
     RUN,
+    SMOKE,
     ChunkedLoss,
     TokenLoss,
     budget,
@@ -164,6 +165,7 @@ def batch(s: Setup) -> Batch:
 @case(
     "linear_policy_loss",
     shapes=loss_shapes() | frozen(("smollm2-135m-2048-35pct", "qwen3-1.7b-256-35pct")),
+    smoke=(SMOKE,),
     **LOSS_CASE,
 )
 def linear_policy_loss(s: Setup) -> Case:

@@ -28,7 +28,7 @@ def test_the_project_has_its_cases():
     names = {"policy_loss", "group_advantage", "packer", "weight_sync", "learner_step"} | set(SMALL)
     assert names <= specs.keys()
     for spec in specs.values():
-        assert spec.doc and spec.smoke and set(spec.smoke) <= set(spec.shapes)
+        assert spec.doc and set(spec.smoke) <= set(spec.shapes)
 
 
 HEADS = ("lm_head", "linear_policy_loss", "linear_nll")
@@ -137,10 +137,10 @@ def test_select_mistakes(tiny, pattern, suite, message):
 def test_implementations_and_phases(tiny):
     made = tiny["tiny"].make("small", torch.float32, CPU)
     runnable, skipped = registry.split_impls(made, Selector(), "smoke")
-    assert runnable == ["m2", "torch", "off", "bound"]
-    assert skipped["gone"] == "not installed" and "suite smoke" in skipped["slow"]
+    assert runnable == ["m2", "torch", "off"]
+    assert skipped["gone"] == "not installed" and "suite smoke" in skipped["slow"] and "ceiling" in skipped["bound"]
     assert registry.split_impls(made, Selector(impl="slow"), "smoke")[0] == ["torch", "slow"]  # with its baseline
-    assert "slow" in registry.split_impls(made, Selector(), "paper")[0]
+    assert {"slow", "bound"} < set(registry.split_impls(made, Selector(), "paper")[0])
     with pytest.raises(ValueError, match="no implementation matches"):
         registry.split_impls(made, Selector(impl="x"), "smoke")
     assert registry.split_phases(made, Selector()) == ["fwd", "both"]

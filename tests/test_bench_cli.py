@@ -50,16 +50,17 @@ def test_every_command_has_help(monkeypatch, capsys, command):
 @pytest.mark.timeout(280)
 def test_run_writes_rows_and_refuses_wrong_results(monkeypatch, cases, tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
-    words = ("run", "-s", "smoke", "--cases", cases, "--cache", "both", "--device", "cpu", "--no-calibrate")
-    code = m2bench(monkeypatch, *words, "--seconds", "0.02", "--ceilings", tmp_path / "none.json", "-o", out)
+    words = ("run", "tiny/[!s]*", "-s", "smoke", "--cases", cases, "--cache", "both", "--device", "cpu")
+    few = ("--no-calibrate", "--seconds", "0.02", "--ceilings", tmp_path / "none.json")
+    code = m2bench(monkeypatch, *words, *few, "-o", out)
     assert code == 1  # `off` is wrong
     rows = read_rows([out])
     seen = {(r.identity.impl, r.identity.phase, r.identity.cache): r for r in rows}
-    assert len(seen) == len(rows) == 6 * 2 * 2
+    assert len(seen) == len(rows) == 5 * 2 * 2
     for phase in ("fwd", "both"):
         for cache in ("cold", "warm"):
             good = seen["m2", phase, cache]
-            assert good.status == "ok" and good.timing.processes == 5 and len(good.timing.samples) == 5
+            assert good.status == "ok" and good.timing.processes == 3 and len(good.timing.samples) == 3
             assert (
                 good.timing.median > 0 and good.timing.ratio.to == "torch" and good.timing.low <= good.timing.median
             )
@@ -73,7 +74,6 @@ def test_run_writes_rows_and_refuses_wrong_results(monkeypatch, cases, tmp_path,
             assert bound.status == "ok" and bound.ceiling and not good.ceiling and bound.timing.median > 0
             assert bound.numerics.verdict == "unchecked" and "a ceiling" in bound.numerics.reason
             assert [(r.to, r.ceiling) for r in good.timing.others] == [("bound", True)]
-            assert "suite smoke" in seen["slow", phase, cache].reason
     assert rows[0].machine["id"] and rows[0].build["packages"]["torch"]
     text = capsys.readouterr().out
     assert "tiny/off/small/fwd float32 cold: refused" in text

@@ -35,7 +35,7 @@ class Skip(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SlowStart:
-    """An implementation that takes seconds to get ready (a compiler, heavy imports) or to run: suite smoke skips it."""
+    """An implementation that takes seconds to get ready (a compiler, heavy imports) or to run: not in suite smoke."""
 
     fn: Fn
 

@@ -33,7 +33,7 @@ def _case(spec: CaseSpec, device: torch.device) -> dict[str, Any]:
         "dtypes": [registry.dtype_name(dtype) for dtype in spec.dtypes],
     }
     try:
-        case = spec.make(spec.smoke[0], spec.dtypes[0], device)
+        case = spec.make((*spec.smoke, *spec.shapes)[0], spec.dtypes[0], device)
     except Skip as skip:
         return found | {"unsupported_reason": str(skip), "impls": {}}
     impls = {}

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from m2train.bench import peers
-from m2train.bench.case import REGISTERED, SUITES, Case, CaseSpec, Skip, SlowStart
+from m2train.bench.case import REGISTERED, SUITES, Case, CaseSpec, Ceiling, Skip, SlowStart
 from m2train.bench.shapes import load_workload
 
 CASES_ENV = "M2BENCH_CASES"
@@ -128,8 +128,9 @@ def split_impls(case: Case, selector: Selector, suite: str) -> tuple[list[str], 
             continue
         if isinstance(impl, Skip):
             skipped[name] = str(impl)
-        elif isinstance(impl, SlowStart) and suite == "smoke" and selector.impl == "*":
-            skipped[name] = "takes seconds to get ready or to run: left out of suite smoke (name it to run it)"
+        elif isinstance(impl, SlowStart | Ceiling) and suite == "smoke" and selector.impl == "*":
+            why = "a ceiling" if isinstance(impl, Ceiling) else "takes seconds to get ready or to run"
+            skipped[name] = f"{why}: left out of suite smoke (name it to run it)"
         else:
             runnable.append(name)
     return runnable, skipped
