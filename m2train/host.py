@@ -50,6 +50,25 @@ def die_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
+def forks_die_too() -> None:
+    """Have the kernel kill what this process forks from now on when this process dies, however that happens.
+
+    A fork does not inherit :func:`die_with_parent`: a checkpoint writer that Megatron had forked waited for ever for
+    the queue of its killed parent.
+    """
+    forker = [os.getpid()]
+
+    def before() -> None:
+        forker[0] = os.getpid()
+
+    def in_child() -> None:
+        die_with_parent()
+        if os.getppid() != forker[0]:  # it died before the kernel was told
+            os._exit(1)
+
+    os.register_at_fork(before=before, after_in_child=in_child)
+
+
 def parent_of(pid: int) -> int | None:
     """The parent of a process; None if there is no such process."""
     try:

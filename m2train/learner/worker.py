@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m2train.config import Recipe
-from m2train.host import die_with_parent, parent_of
+from m2train.host import die_with_parent, forks_die_too, parent_of
 from m2train.learner import protocol
 from m2train.learner.protocol import Session, Watch, read_json, write_first, write_json
 
@@ -138,6 +138,7 @@ def _take_session(run_dir: Path, name: str | None) -> tuple[str, bool]:
 
 def run(run_dir: Path, name: str | None) -> None:
     """Join the ranks, build the learner, serve one session."""
+    forks_die_too()
     if name is not None:
         die_with_parent()
         # It took a while to come here. If torchrun died meanwhile, the kernel has nothing left to tell us, and our
