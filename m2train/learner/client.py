@@ -41,7 +41,7 @@ _CPU_DEFAULTS = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4000000000"
     ":glibc.malloc.top_pad=67108864",
     # Threads that spin at a barrier keep the one they wait for from running as soon as anything else wants a core: a
-    # step of 8 layers beside one busy process took 8 to 35 s, so 6.4.
+    # step of 8 layers beside one busy process took 8 to 35 s, so 6 to 10.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 # Metrics of several updates of a step are averaged, except these.
