@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -20,11 +21,13 @@ if interpreting() and triton_reason("cpu") is None:
 
 # Under pytest-xdist, which file goes first: one process gets it, the other all the short ones.
 LONGEST = "test_train_runs.py"
+_LENT = itertools.count()
 
 T = TypeVar("T")
 Runner = Callable[[Awaitable[T]], T]
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For `--dist loadgroup`: one vLLM server a run, and a module's fixtures once."""
     for item in items:
@@ -72,10 +75,23 @@ def pool(tiny_model: Path, run_async: Runner[Any], tmp_path_factory: pytest.Temp
     pytest.importorskip("vllm")
     from m2train.rollout.engine import EnginePool
 
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is not None:  # all processes of a run have this folder in common
+        with (tmp_path_factory.getbasetemp().parent / f"engine-{run}").open("x"):
+            pass  # exists: a second process of this run wants a server, so the grouping above does not work
     pool = EnginePool(tiny_recipe(), tiny_model, tmp_path_factory.mktemp("pool"))
     run_async(pool.start())
     yield pool
     run_async(pool.close())
+
+
+@pytest.fixture
+def engine_url(pool: Any, tiny_model: Path, run_async: Runner[Any]) -> Iterator[str]:
+    """The session's server for a run by URL, which sends it weights: they are put back afterwards."""
+    version = f"lent-{next(_LENT)}"
+    run_async(pool.update_weights(tiny_model / "model.safetensors", version))
+    yield pool.urls[0]
+    run_async(pool.update_weights(tiny_model / "model.safetensors", f"{version}-back"))
 
 
 def session_members(leader: int) -> list[int]:

@@ -217,10 +217,10 @@ def test_a_kill_at_every_rename(
 
 
 @pytest.mark.timeout(400)
-def test_a_live_run_killed_in_step_3_trains_each_case_once(pool: Any, recipe: Path, tmp_path: Path) -> None:
+def test_a_live_run_killed_in_step_3_trains_each_case_once(engine_url: str, recipe: Path, tmp_path: Path) -> None:
     """Sampling and training with one engine: the same cases and seeds as without the kill, by the right weights."""
     run_dir = tmp_path / "run"
-    live = ["--set", f"rollout.urls=['{pool.urls[0]}']", "--set", "mismatch_limit=1e-4"]
+    live = ["--set", f"rollout.urls=['{engine_url}']", "--set", "mismatch_limit=1e-4"]
     run = TaggedRun("train", recipe, "--run-dir", run_dir, *live)
     journal = run_dir / "rollouts" / "step_000003.journal.jsonl"
     assert run.kill_when(lambda: journal.exists() and journal.read_bytes().count(b"\n") >= 3)
@@ -246,10 +246,10 @@ def test_a_live_run_killed_in_step_3_trains_each_case_once(pool: Any, recipe: Pa
 
 
 @pytest.mark.timeout(400)
-def test_bf16_reports_its_mismatch_and_weights(pool: Any, tiny_model: Path, tmp_path: Path) -> None:
+def test_bf16_reports_its_mismatch_and_weights(engine_url: str, tiny_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "bf16.toml"
     path.write_text(RECIPE.format(model=tiny_model, dtype="bfloat16"))
-    live = ["--set", f"rollout.urls=['{pool.urls[0]}']", "--set", "steps=2"]
+    live = ["--set", f"rollout.urls=['{engine_url}']", "--set", "steps=2"]
     code, out = TaggedRun("train", path, "--run-dir", tmp_path / "run", *live).wait()
     assert code == 0, out
     for row in rows(tmp_path / "run"):
@@ -259,10 +259,10 @@ def test_bf16_reports_its_mismatch_and_weights(pool: Any, tiny_model: Path, tmp_
 
 
 @pytest.mark.timeout(400)
-def test_a_run_stops_trusting_rollouts_and_says_why(pool: Any, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_stops_trusting_rollouts_and_says_why(engine_url: str, tiny_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "bf16.toml"
     path.write_text(RECIPE.format(model=tiny_model, dtype="bfloat16"))
-    live = ["--set", f"rollout.urls=['{pool.urls[0]}']", "--set", "mismatch_limit=1e-7"]
+    live = ["--set", f"rollout.urls=['{engine_url}']", "--set", "mismatch_limit=1e-7"]
     run = TaggedRun("train", path, "--run-dir", tmp_path / "run", *live)
     code, out = run.wait()
     assert code == 1
@@ -275,10 +275,9 @@ def test_a_run_stops_trusting_rollouts_and_says_why(pool: Any, tiny_model: Path,
 
 @pytest.mark.timeout(500)
 def test_rollouts_apart_from_training_and_a_kill_between(
-    pool: Any, recipe: Path, tiny_model: Path, tmp_path: Path, run_async: Any
+    pool: Any, engine_url: str, recipe: Path, tmp_path: Path
 ) -> None:
-    run_async(pool.update_weights(tiny_model / "model.safetensors", "as-on-disk"))
-    live = ["--set", f"rollout.urls=['{pool.urls[0]}']", "--set", "steps=2"]
+    live = ["--set", f"rollout.urls=['{engine_url}']", "--set", "steps=2"]
     first, second = tmp_path / "a", tmp_path / "b"
     code, out = TaggedRun("train", recipe, "--run-dir", first, "--rollouts-only", *live).wait()
     assert code == 0, out
@@ -287,7 +286,7 @@ def test_rollouts_apart_from_training_and_a_kill_between(
     assert run.kill_when(lambda: journal.exists() and journal.read_bytes().count(b"\n") >= 3)
     kept = [json.loads(line) for line in journal.read_text().splitlines(keepends=True) if line.endswith("\n")]
     resume(recipe, second, "--rollouts-only", *live)
-    assert load_rollouts(first / "rollouts" / "step_000000.json").weight_version == "as-on-disk"
+    assert load_rollouts(first / "rollouts" / "step_000000.json").weight_version == pool.version
     for step in range(2):
         one, other = (load_rollouts(root / "rollouts" / f"step_00000{step}.json") for root in (first, second))
         assert [d.uid for d in one.dialogues] == [d.uid for d in other.dialogues]
