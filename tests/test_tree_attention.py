@@ -36,8 +36,7 @@ def test_any_forest(backend, case, seed):
 def assert_long(seed, total, longest, dtype):
     plan = mk.plan_tree(long_forest(seed, total, longest))
     xs, d = inputs(plan.num_rows, (2, 1), 16, dtype, seed)
-    # Not 2: dk was 3.1 times as far off as torch's (seed 74224228, 726 tokens, up to 30, float32).
-    assert_matches(xs, d, plan, "cpu", exact=leaf_oracle, ratio=4.0)
+    assert_matches(xs, d, plan, *BACKENDS, exact=leaf_oracle)
 
 
 LONG = {
@@ -50,6 +49,7 @@ LONG = {
 
 @settings(max_examples=2, deadline=None)
 @example(seed=3, total=2048, longest=200, dtype=torch.float32)
+@example(seed=74224228, total=726, longest=30, dtype=torch.float32)  # two keys under 180 rows
 @given(**LONG)
 def test_forests_of_two_thousand_tokens(seed, total, longest, dtype):
     assert_long(seed, total, longest, dtype)

@@ -164,10 +164,9 @@ def _tree_attention_torch(
         scores = queries @ keys.transpose(2, 3) * scale
         hidden = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(len(rows) - (last - first) + 1)
         scores = scores.masked_fill(hidden, -torch.inf)
-        lse = scores.logsumexp(dim=3, keepdim=True)
-        out = (scores - lse).exp() @ values
+        out = scores.softmax(dim=3) @ values
         outs.append(out.permute(2, 0, 1, 3).flatten(1, 2))
-        lses.append(lse.detach().squeeze(3).permute(2, 0, 1).flatten(1, 2))
+        lses.append(scores.detach().logsumexp(dim=3).permute(2, 0, 1).flatten(1, 2))
     padding = q_wide[plan.num_rows :]
     outs.append(padding.masked_fill(torch.ones_like(padding, dtype=torch.bool), 0.0))
     lses.append(padding.new_zeros(padding.shape[:2]))
