@@ -301,6 +301,7 @@ class FakeMachine:
 
     def __init__(self, slowdown, wrong_side=None, uneven=0.0, without="", closed=""):
         self.slowdown, self.wrong_side, self.clock, self.started = slowdown, wrong_side, 0, []
+        self.armed = []
         self.without, self.closed = without, closed  # sides that lack m2, sides that cannot run the shape "large"
         self.uneven, self.dice = uneven, random.Random(0)
 
@@ -326,6 +327,7 @@ class FakeWorker:
             wrong = self.name == self.machine.wrong_side
             return {"m2": {"numerics": {"verdict": "refused" if wrong else "ok", "reason": "off"}}}
         if op == "arm":
+            self.machine.armed.append(request["cores"])
             return {"per_sample": request.get("per_sample") or 3}
         assert op == "sample" and request == {"count": 1}
         self.machine.clock += 1
@@ -345,6 +347,22 @@ def test_compare_builds_sees_through_drift(monkeypatch, cases, tmp_path, slowdow
     assert found.lines[0].judgement.ratio == pytest.approx(1 + slowdown, rel=0.01)
     assert machine.started == [["a", "b"], ["b", "a"], ["a", "b"], ["b", "a"]]
     assert verdict in compare.render(found)
+
+
+@pytest.mark.parametrize(
+    ("threads", "device", "cores"),
+    [(1, "cpu", [[3], [5], [9], [3]]), (2, "cpu", [[3, 5], [5, 9], [9, 3], [3, 5]]), (3, "cpu", [None] * 4)]
+    + [(1, "cuda", [None] * 4)],
+)
+def test_both_sides_of_a_pair_run_on_one_core(monkeypatch, cases, tmp_path, threads, device, cores):
+    """Another one each time; anywhere on a GPU, or where all cores are asked for."""
+    machine = FakeMachine(0.0)
+    monkeypatch.setattr(compare.os, "sched_getaffinity", lambda _: {9, 3, 5})
+    monkeypatch.setattr(compare, "workers", machine.workers)
+    monkeypatch.setattr(compare, "build", lambda ref, where, say: Build(ref=ref, sha=ref * 10, site=tmp_path / ref))
+    options = compare.CompareOptions(cases=cases, pairs=4, threads=threads, device=device)
+    compare.compare("a", "b", options, lambda text: None)
+    assert machine.armed == [each for each in cores for _ in "ab"]
 
 
 @pytest.mark.parametrize(("limit", "pairs"), [(0.1, range(9, 24)), (0.01, [24]), (9.0, [8])])

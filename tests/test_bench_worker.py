@@ -1,5 +1,6 @@
 """What a measuring process does when its clock does not fit, and when its GPU is gone; on stand-ins for both."""
 
+import os
 import time
 import types
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from bench_rows import CASE_FILE
 
-from m2train.bench import measurement, timers, worker
+from m2train.bench import env, measurement, timers, worker
 from m2train.bench.timers import CpuTimer, GraphError, GraphTimer
 
 HOW = {"cache": "warm", "budget_s": 0.01, "warmup_s": 0.0, "min_sample_s": 1e-4}
@@ -46,6 +47,18 @@ def test_one_clock_for_all_that_are_compared(server):
     assert all(len(found["samples"][name]) >= 5 for name in ("m2", "torch"))
     with pytest.raises(GraphError):  # another process had a graph: this one must not have another clock
         server.measure("fwd", ["m2", "torch"], timer="graph", **HOW)
+
+
+def test_armed_on_a_core(server):
+    """The launches that `compare` alternates run where it says, those of later requests too."""
+    free = os.sched_getaffinity(0)
+    server.timer = Events()
+    try:
+        server.arm("fwd", "warm", "m2", 0.0, 1e-4, cores=[max(free)])
+        assert all(os.sched_getaffinity(int(t)) == {max(free)} for t in os.listdir("/proc/self/task"))
+        assert len(server.sample(3)) == 3
+    finally:
+        env.pin(free)
 
 
 def test_slow_launches_take_fewer_rounds(monkeypatch):

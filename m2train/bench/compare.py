@@ -1,9 +1,12 @@
 """A against B: the same rows on two commits, or in two row files, with a verdict for each.
 
 Two commits: each is built; pairs of processes, one of each side, are alive at a time, and launches alternate
-between them A B B A, so that whatever the machine does to one side it does to the other. The unit of the interval is
+between them A B B A, so that whatever the machine does to one side it does to the other. On a CPU both run on the
+same core, the next one for each pair: neighbours slow one core of a shared machine and not the other (three rows, 8
+pairs, a busy hour: detection limits of 5 to 12 %, of processes left free 21 to 35 %). The unit of the interval is
 the pair: processes differ from each other by several percent for reasons of their own (memory layout above all),
-which no number of launches in one of them averages out. Harness and cases are those of this checkout for both sides.
+which no number of launches in one of them averages out. Harness and cases are those of this checkout for both
+sides.
 
 Two files: medians of processes that ran apart in time (Welch); coarser, and the limit says so.
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -160,7 +164,8 @@ def _compare_builds(a: Build, b: Build, options: CompareOptions, say: Say) -> Co
             if wanted is None:
                 places = wanted = _places(sides, options, broken, notes)
             for place in wanted:
-                logs.setdefault(place.name, []).append(_pair_ratio(sides, place, options))
+                cores = _cores(pair, options)
+                logs.setdefault(place.name, []).append(_pair_ratio(sides, place, options, cores))
     lines = [
         Line(name=name, judgement=_judge(x, len(logs), options), ratios=[round(math.exp(one), 4) for one in x])
         for name, x in logs.items()
@@ -235,10 +240,18 @@ def _problem(side: Worker, chosen: dict[str, Any], place: _Place) -> str | None:
     return f"wrong ({numerics['reason']})" if numerics["verdict"] == "refused" else None
 
 
-def _pair_ratio(sides: list[Worker], place: _Place, options: CompareOptions) -> float:
+def _cores(pair: int, options: CompareOptions) -> list[int] | None:
+    """Those that both processes of a pair run on, in turns; None: any."""
+    free = sorted(os.sched_getaffinity(0))
+    if options.device != "cpu" or options.threads >= len(free):
+        return None
+    return [free[(pair + i) % len(free)] for i in range(options.threads)]
+
+
+def _pair_ratio(sides: list[Worker], place: _Place, options: CompareOptions, cores: list[int] | None) -> float:
     """log(time of B / time of A) of one pair of processes: the median over quadruples A B B A."""
     common = {"phase": place.phase, "cache": place.cache, "impl": place.impl, "warmup_s": WARMUP_S}
-    common |= {"min_sample_s": MIN_SAMPLE_S}
+    common |= {"min_sample_s": MIN_SAMPLE_S, "cores": cores}
     for side in sides:
         side.ask("open", case=place.case, shape=place.shape, dtype=place.dtype)
     each = sides[0].ask("arm", **common)["per_sample"]

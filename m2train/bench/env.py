@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +231,9 @@ def unfit(machine_info: dict[str, Any], build_info: dict[str, Any]) -> list[str]
     if throttle_bits(gpu):
         reasons.append(f"clocks are throttled (reasons {throttle_bits(gpu):#x})")
     return reasons
+
+
+def pin(cores: Iterable[int]) -> None:
+    """Keep all threads of this process, and those that they start, on these cores."""
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), cores)

@@ -251,9 +251,18 @@ class Server:
         return sorted(found)[len(found) // 2]
 
     def arm(
-        self, phase: str, cache: str, impl: str, warmup_s: float, min_sample_s: float, per_sample: int | None = None
+        self,
+        phase: str,
+        cache: str,
+        impl: str,
+        warmup_s: float,
+        min_sample_s: float,
+        per_sample: int | None = None,
+        cores: list[int] | None = None,
     ) -> dict[str, Any]:
         bench = self._open()
+        if cores is not None:
+            env.pin(cores)
         ready, _ = bench.ready([impl], phase, cache, self.timer, min_sample_s, warmup_s)
         one = ready[impl]
         if per_sample is not None:
