@@ -95,6 +95,15 @@ float* dense_floats(const char* name, const MaybeTensor& t, std::initializer_lis
   return static_cast<float*>(t->mutable_data_ptr());
 }
 
+// Kept logits [vocab, lanes], float, rows dense; they may lie at a distance, in the rows of a wider matrix.
+float* kept_logits(const Tensor& t, int64_t vocab, int64_t lanes) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.size(0) == vocab &&
+                      t.size(1) == lanes && (lanes < 2 || t.stride(1) == 1) &&
+                      (vocab < 2 || t.stride(0) >= lanes),
+                  "kept: expected float32 [vocabulary, lanes] with dense rows");
+  return static_cast<float*>(t.mutable_data_ptr());
+}
+
 // Per lane: the target and 1 / temperature of its row; lanes past the rows have none.
 struct LaneInputs {
   Tensor target, inverse;
@@ -159,7 +168,8 @@ void head_tiles_op(const Tensor& hidden, const Tensor& weight, const Tensor& tar
   a.top = dense_floats("stats", stats, {fields, tiles, a.stride});
   a.total = a.top ? a.top + tiles * a.stride : nullptr;
   a.moment = fields == 3 ? a.total + tiles * a.stride : nullptr;
-  a.kept = dense_floats("kept", kept, {a.vocab, a.stride});
+  a.kept = kept.has_value() ? kept_logits(*kept, a.vocab, a.stride) : nullptr;
+  a.kept_stride = kept.has_value() ? kept->stride(0) : 0;
   if (a.rows > 0 && a.vocab > 0) head_tiles_cpu(a, dot);
 }
 
@@ -173,10 +183,10 @@ void head_lanes_op(const Tensor& kept, bool out_bf16, const Tensor& target,
   const HeadGradArgs g =
       head_grads(rows.rows, log_norm, log_norm_low, logp, entropy, grad_logp, grad_entropy);
   HeadLaneGrad a;
-  a.stride = lanes_of(rows.rows);
+  a.stride = kept.stride(0);
   a.vocab = kept.size(0);
   STD_TORCH_CHECK(num_valid >= 0 && num_valid <= a.vocab, "num_valid: out of range");
-  float* memory = dense_floats("kept", kept, {a.vocab, a.stride});
+  float* memory = kept_logits(kept, a.vocab, lanes_of(rows.rows));
   a.kept = memory;
   a.num_valid = num_valid;
   a.bias = floats("bias", bias, a.vocab);

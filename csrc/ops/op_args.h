@@ -145,7 +145,8 @@ struct HeadGemm {
   float* top;             // [tiles, stride]; null: no statistics
   float* total;           // [tiles, stride]
   float* moment;          // [tiles, stride] or null
-  float* kept;            // [vocab, stride] or null: the GEMM's result, before bias, cap, temperature
+  float* kept;            // [vocab, kept_stride] or null: the GEMM's result, before bias, cap, temperature
+  int64_t kept_stride;    // at least `stride`
 };
 
 // Gradient of kept logits. Lanes 0 .. count are those with a gradient, filled up to a multiple of 16.
@@ -177,7 +178,7 @@ struct HeadProduct {
   int64_t depth;       // a multiple of 16
   const float* other;  // W [vocab, depth], or X [rows, depth] (head_dw: strips of kProductLanes columns)
   int64_t other_stride;
-  float* out;  // dX [rows, depth], or dW [vocab, depth]
+  float* out;  // dX [rows, depth], or dW [vocab, depth], whose rows may begin with those of dz
   int64_t out_stride;
   bool add;  // to what `out` holds
 };

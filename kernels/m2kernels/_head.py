@@ -143,14 +143,19 @@ class Head:
         rows = self.problem.chunk_bytes // max(width * self.kernels.logit_bytes(self.weight.dtype), 1)
         return max(rows // step, 1) * step
 
-    def chunks(self, count: int, width: int) -> list[slice]:
-        """Equal parts of `count` rows within the budget."""
+    def chunks(self, count: int, width: int, lent: int = 0) -> list[slice]:
+        """Equal parts of `count` rows within the budget; but the first has `lent` rows where those are more."""
         if count == 0:
             return []
         step = self.kernels.row_step
-        parts = -(-count // self.step(width))
-        size = -(-count // (parts * step)) * step
-        return [slice(i, min(i + size, count)) for i in range(0, count, size)]
+        most = self.step(width)
+        first = min(lent, count) if lent > most else 0
+        head = [slice(0, first)] if first else []
+        if first == count:
+            return head
+        parts = -(-(count - first) // most)
+        size = -(-(count - first) // (parts * step)) * step
+        return head + [slice(i, min(i + size, count)) for i in range(first, count, size)]
 
     def gather(self, part: slice | torch.Tensor) -> Chunk:
         """Rows `part` of the problem's M, a slice or int64 positions."""
@@ -167,11 +172,15 @@ class Head:
         )
         return Chunk(hidden.to(p.dtype).contiguous(), settings, index)
 
-    def statistics(self, chunk: Chunk, *, entropy: bool, keep: bool) -> tuple[RowStats, Any]:
+    def statistics(
+        self, chunk: Chunk, *, entropy: bool, keep: bool, lend: torch.Tensor | None = None
+    ) -> tuple[RowStats, Any]:
         """Forward of a chunk, over the whole vocabulary; with `keep` also the scratch of its gradient."""
         self.widest()
         assert self.vocab is not None
-        stats, kept = self.kernels.forward(chunk.hidden, self.weight, chunk.settings, entropy=entropy, keep=keep)
+        stats, kept = self.kernels.forward(
+            chunk.hidden, self.weight, chunk.settings, entropy=entropy, keep=keep, lend=lend
+        )
         return self.vocab.merge(stats, chunk.settings.target), kept
 
 
@@ -181,9 +190,9 @@ class HeadGrads:
     Args:
         head: what the chunks are of.
         needs: gradients wanted, of (hidden, weight, bias).
-        single: there is one chunk: a weight gradient of the GEMM's dtype needs no float32 sum.
         into: float32 [Vl, D] that the weight's gradient is added to, times `scale`.
         scale: for `into` alone.
+        wide: the weight's gradient must be float32, also that of a single chunk.
     """
 
     def __init__(
@@ -191,14 +200,16 @@ class HeadGrads:
         head: Head,
         needs: tuple[bool, bool, bool],
         *,
-        single: bool,
         into: torch.Tensor | None = None,
         scale: float = 1.0,
+        wide: bool = False,
     ) -> None:
         p = head.problem
         self.head = head
         self.scale = scale if into is not None else 1.0
-        self.dtype = p.dtype if single and p.weight.dtype == p.dtype else torch.float32
+        self.narrow = torch.float32 if wide or p.weight.dtype != p.dtype else p.dtype
+        self.dtype = torch.float32
+        self.unborn: torch.Tensor | None = None  # memory of to_weight, before it holds anything
 
         def zeros(like: torch.Tensor) -> torch.Tensor:
             return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
@@ -207,6 +218,37 @@ class HeadGrads:
         self.weight = needs[1]
         self.to_weight = into
         self.to_bias = zeros(p.bias) if needs[2] and p.bias is not None else None
+
+    def chunks(self, count: int, width: int) -> list[slice]:
+        """Cut `count` rows, and say what dtype the weight's gradient has: a single chunk needs no float32 sum."""
+        parts = self.head.chunks(count, width, self._room(count, width))
+        self.cut(len(parts))
+        return parts
+
+    def cut(self, parts: int) -> None:
+        """There will be so many chunks."""
+        self.dtype = self.narrow if parts <= 1 else torch.float32
+
+    def _room(self, count: int, width: int) -> int:
+        """Rows of a first chunk whose logits fit into the weight's gradient, and the rest into the budget."""
+        if not self.weight or self.to_weight is not None:
+            return 0
+        kernels, dim = self.head.kernels, self.head.weight.shape[1]
+        most = self.head.problem.chunk_bytes // kernels.row_bytes(dim, width)
+        if count <= min(kernels.lent_rows(dim, self.narrow), most):
+            return count
+        return min(kernels.lent_rows(dim, torch.float32), most)
+
+    def lend(self, rows: int) -> torch.Tensor | None:
+        """Memory of the weight's gradient, for the logits of the chunk that is to be the first in it; or None."""
+        if not self.weight or self.to_weight is not None:
+            return None
+        weight = self.head.weight
+        if rows > self.head.kernels.lent_rows(weight.shape[1], self.dtype):
+            return None
+        if self.unborn is None:
+            self.unborn = weight.new_empty(weight.shape, dtype=self.dtype)
+        return self.unborn
 
     def add(self, dz: torch.Tensor, chunk_hidden: torch.Tensor, positions: slice | torch.Tensor) -> None:
         """Add a chunk: dz [C, Vl] and hidden [C, D], rows `positions` of the problem's hidden."""
@@ -223,7 +265,8 @@ class HeadGrads:
         if self.weight:
             first = self.to_weight is None
             if self.to_weight is None:
-                self.to_weight = dz.new_empty(dz.shape[1], chunk_hidden.shape[1], dtype=self.dtype)
+                shape = dz.shape[1], chunk_hidden.shape[1]
+                self.to_weight = dz.new_empty(shape, dtype=self.dtype) if self.unborn is None else self.unborn
             self.head.kernels.weight_grad(dz, chunk_hidden, self.to_weight, first=first, scale=self.scale)
 
     def _valid(self, dz: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,7 +277,10 @@ class HeadGrads:
     def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """(d hidden, d weight, d bias): float32, but a single chunk's weight; None where not wanted."""
         if self.weight and self.to_weight is None:
-            self.to_weight = torch.zeros_like(self.head.problem.weight, memory_format=torch.contiguous_format)
+            if self.unborn is not None:
+                self.to_weight = self.unborn.zero_()
+            else:
+                self.to_weight = torch.zeros_like(self.head.problem.weight, memory_format=torch.contiguous_format)
         return self.to_hidden, self.to_weight, self.to_bias
 
 

@@ -1,8 +1,11 @@
 """The LM head's backend for the CPU, in C++.
 
 csrc/cpu/head_tiles.h multiplies and measures in one go, with the chunk's rows as vector lanes, so
-kept logits are [vocabulary, lanes]: their transpose goes into the GEMMs of the gradients. Logits
-are float32 for bfloat16 inputs too. csrc/cpu/head_rows.h does logits that a caller brings.
+kept logits are [vocabulary, lanes]: their transpose goes into the GEMMs of the gradients. Logits are
+float32 for bfloat16 inputs too. A new weight gradient [vocabulary, D] lends its rows for them: an
+entry's logits lie where their sum will be written, so up to D rows of logits (bfloat16: half of that)
+take no memory of their own, and as large a chunk saves passes over the weight and its gradient.
+csrc/cpu/head_rows.h does logits that a caller brings.
 """
 
 from typing import Any
@@ -17,6 +20,11 @@ _ops = torch.ops.m2kernels
 
 
 _LANES = 16
+_SLAB_BYTES = 16 << 20  # of logits set aside, while the weight gradient is written that they lie in
+
+
+def _lanes(rows: torch.Tensor) -> int:
+    return -(-rows.shape[0] // _LANES) * _LANES
 
 
 def _writes(*args: Any) -> None:
@@ -65,19 +73,27 @@ class CpuHead(HeadKernels):
         *,
         entropy: bool,
         keep: bool,
+        lend: torch.Tensor | None = None,
     ) -> tuple[TileStats, Any]:
         """See :meth:`HeadKernels.forward`; the scratch is the logits and the weight's dtype."""
-        rows, lanes = hidden.shape[0], -(-hidden.shape[0] // _LANES) * _LANES
+        rows, lanes = hidden.shape[0], _lanes(hidden)
         tiles = -(-weight.shape[0] // self.tile)
         stats = hidden.new_empty(3 if entropy else 2, tiles, lanes, dtype=torch.float32)
         z_target = hidden.new_zeros(lanes, dtype=torch.float32)
-        kept = self._multiply(hidden, weight, settings, z_target, stats, keep=keep)
+        kept = self._multiply(hidden, weight, settings, z_target, stats, keep=keep, lend=lend)
         top, total, *moment = stats[:, :, :rows].transpose(1, 2)
         return TileStats(z_target[:rows], top, total, moment[0] if moment else None), kept
 
-    def recompute(self, hidden: torch.Tensor, weight: torch.Tensor, settings: HeadSettings) -> Any:
+    def recompute(
+        self, hidden: torch.Tensor, weight: torch.Tensor, settings: HeadSettings, lend: torch.Tensor | None = None
+    ) -> Any:
         """See :meth:`HeadKernels.recompute`."""
-        return self._multiply(hidden, weight, settings, None, None, keep=True)
+        return self._multiply(hidden, weight, settings, None, None, keep=True, lend=lend)
+
+    def lent_rows(self, dim: int, dtype: torch.dtype) -> int:
+        """See :meth:`HeadKernels.lent_rows`."""
+        size = dim * dtype.itemsize
+        return 0 if size % 4 else size // (4 * _LANES) * _LANES
 
     def _multiply(
         self,
@@ -88,9 +104,13 @@ class CpuHead(HeadKernels):
         stats: torch.Tensor | None,
         *,
         keep: bool,
+        lend: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.dtype] | None:
-        lanes = -(-hidden.shape[0] // _LANES) * _LANES
-        kept = hidden.new_empty(weight.shape[0], lanes, dtype=torch.float32) if keep else None
+        kept = None
+        if keep and lend is not None:
+            kept = lend.view(torch.float32)[:, : _lanes(hidden)]
+        elif keep:
+            kept = hidden.new_empty(weight.shape[0], _lanes(hidden), dtype=torch.float32)
         _ops.head_tiles(hidden, weight, *_columns(settings), z_target, stats, kept)
         return None if kept is None else (kept, weight.dtype)
 
@@ -117,10 +137,16 @@ class CpuHead(HeadKernels):
         self, dz: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor, *, first: bool, scale: float
     ) -> None:
         """See :meth:`HeadKernels.weight_grad`."""
-        if dz.dtype != torch.float32 or total.stride(1) != 1 or hidden.shape[1] % _LANES:
+        if dz.dtype == torch.float32 and total.stride(1) == 1 and hidden.shape[1] % _LANES == 0:
+            _ops.head_dw(dz.t(), hidden if scale == 1.0 else hidden * scale, total, not first)
+        elif dz.data_ptr() != total.data_ptr():
             super().weight_grad(dz, hidden, total, first=first, scale=scale)
-            return
-        _ops.head_dw(dz.t(), hidden if scale == 1.0 else hidden * scale, total, not first)
+        else:
+            step = max(_SLAB_BYTES // (dz.shape[0] * dz.element_size()), 1)
+            for start in range(0, dz.shape[1], step):
+                slab = slice(start, start + step)
+                aside = dz[:, slab].t().clone(memory_format=torch.contiguous_format).t()
+                super().weight_grad(aside, hidden, total[slab], first=first, scale=scale)
 
     def merge(self, stats: TileStats) -> RowStats:
         """See :meth:`HeadKernels.merge`."""

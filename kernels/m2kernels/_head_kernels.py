@@ -112,6 +112,7 @@ class HeadKernels:
         *,
         entropy: bool,
         keep: bool,
+        lend: torch.Tensor | None = None,
     ) -> tuple[TileStats, Any]:
         """Statistics of a chunk.
 
@@ -121,12 +122,24 @@ class HeadKernels:
             settings: of this shard and chunk.
             entropy: also measure `moment`.
             keep: also return a scratch for :meth:`grad`, else None.
+            lend: where to keep it: memory of the weight's gradient, which :meth:`weight_grad` of this chunk
+                is going to be the first to fill. Never given to a backend whose :meth:`lent_rows` are 0.
         """
         raise NotImplementedError
 
-    def recompute(self, hidden: torch.Tensor, weight: torch.Tensor, settings: HeadSettings) -> Any:
+    def recompute(
+        self, hidden: torch.Tensor, weight: torch.Tensor, settings: HeadSettings, lend: torch.Tensor | None = None
+    ) -> Any:
         """The scratch of :meth:`forward` alone; need not be equal to it to the bit."""
-        return self.forward(hidden, weight, settings, entropy=False, keep=True)[1]
+        return self.forward(hidden, weight, settings, entropy=False, keep=True, lend=lend)[1]
+
+    def lent_rows(self, dim: int, dtype: torch.dtype) -> int:
+        """Most rows of a chunk whose logits fit into their weight gradient [Vl, dim] of `dtype`; 0: no such thing."""
+        return 0
+
+    def row_bytes(self, dim: int, width: int) -> int:
+        """Scratch of a row of a chunk besides its logits of `width` columns: hidden states, statistics of tiles."""
+        return 8 * dim + 12 * (-(-width // self.tile))
 
     def grad(self, kept: Any, settings: HeadSettings, rows: RowStats, upstream: Upstream) -> torch.Tensor:
         """d loss / d raw, [C, Vl] in the weight's dtype; may be made in the memory of `kept`.
@@ -181,7 +194,7 @@ class HeadKernels:
     ) -> None:
         """total [Vl, D] = dz^T hidden if `first` (then scale is 1), else it is added, times `scale`.
 
-        `total` is float32, or of the dtype of dz.
+        `total` is float32, or of the dtype of dz; if it was lent to :meth:`forward`, dz lies in it.
         """
         if total.dtype == dz.dtype:
             total.addmm_(dz.t(), hidden, beta=0.0 if first else 1.0, alpha=scale)

@@ -78,15 +78,16 @@ def loss_and_grads(
         return _finish(terms, stats.logp, stats.entropy), (None, None, None)
     cut = terms.by_token()
     width = head.widest()
-    parts = head.chunks(head.num_rows, width)
-    if cut.couples_tokens():
+    grads = HeadGrads(head, needs, into=target.into, scale=target.scale, wide=target.wide)
+    parts = grads.chunks(head.num_rows, width)
+    if cut.couples_tokens() and len(parts) > 1:
         aligned = sequence_chunks(terms.seq, head.step(width))
         if aligned is None:
             return _two_passes(head, terms, needs, target)
         parts = aligned
+        grads.cut(len(parts))
     logp = head.hidden.new_empty(head.num_rows, dtype=torch.float32)
     entropy = torch.empty_like(logp)
-    grads = HeadGrads(head, needs, single=len(parts) <= 1 and not target.wide, into=target.into, scale=target.scale)
     for part in parts:
         logp[part], entropy[part] = _one_chunk(head, head.gather(part), cut.take(part), part.start, grads)
     return _finish(terms, logp, entropy), grads.finish()
@@ -96,7 +97,7 @@ def _one_chunk(
     head: Head, chunk: Chunk, terms: PolicyTerms, start: int, grads: HeadGrads
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(logp, entropy) of a chunk, which begins at row `start`; its gradients are added to `grads`."""
-    rows, kept = head.statistics(chunk, entropy=True, keep=True)
+    rows, kept = head.statistics(chunk, entropy=True, keep=True, lend=grads.lend(chunk.hidden.shape[0]))
     assert rows.entropy is not None
     upstream = terms.gradients(rows.logp, rows.entropy)
     live = LiveRows(upstream)

@@ -53,13 +53,16 @@ class TorchHead(HeadKernels):
         *,
         entropy: bool,
         keep: bool,
+        lend: torch.Tensor | None = None,
     ) -> tuple[TileStats, Any]:
         """See :meth:`HeadKernels.forward`; the scratch is the logits and the weight's dtype."""
         logits = head_logits(hidden, weight)
         stats = self.tile_stats(logits, settings, entropy=entropy)
         return stats, (logits, weight.dtype) if keep else None
 
-    def recompute(self, hidden: torch.Tensor, weight: torch.Tensor, settings: HeadSettings) -> Any:
+    def recompute(
+        self, hidden: torch.Tensor, weight: torch.Tensor, settings: HeadSettings, lend: torch.Tensor | None = None
+    ) -> Any:
         """See :meth:`HeadKernels.recompute`."""
         return head_logits(hidden, weight), weight.dtype
 

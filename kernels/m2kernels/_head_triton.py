@@ -217,7 +217,14 @@ class TritonHead(HeadKernels):
         return _mappable(weight)
 
     def forward(
-        self, hidden: Tensor, weight: Tensor, settings: HeadSettings, *, entropy: bool, keep: bool
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        settings: HeadSettings,
+        *,
+        entropy: bool,
+        keep: bool,
+        lend: Tensor | None = None,
     ) -> tuple[TileStats, Any]:
         """See :meth:`HeadKernels.forward`; the scratch is E with its anchors."""
         assert hidden.dtype == weight.dtype, f"hidden is {hidden.dtype}, weight {weight.dtype}"

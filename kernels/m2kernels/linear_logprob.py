@@ -82,12 +82,12 @@ def head_backward(
     asks for the weight's in float32.
     """
     live = LiveRows(upstream).positions()  # on a GPU the one wait of the call
-    parts = head.chunks(live.numel(), head.weight.shape[0])
-    grads = HeadGrads(head, needs, single=len(parts) <= 1 and not wide, into=into, scale=scale)
-    for part in parts:
+    grads = HeadGrads(head, needs, into=into, scale=scale, wide=wide)
+    for part in grads.chunks(live.numel(), head.weight.shape[0]):
         pick = part if live.numel() == head.num_rows else live[part]
         chunk = head.gather(pick)
-        kept = head.kernels.recompute(chunk.hidden, head.weight, chunk.settings)
+        lend = grads.lend(chunk.hidden.shape[0])
+        kept = head.kernels.recompute(chunk.hidden, head.weight, chunk.settings, lend)
         rows = RowStats(*(None if x is None else x[pick] for x in stats))  # type: ignore[arg-type]
         part_of = Upstream(*(None if x is None else x[pick] for x in upstream))  # type: ignore[arg-type]
         dz = head.kernels.grad_rows(kept, chunk.settings, rows, part_of, None)
