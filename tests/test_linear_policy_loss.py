@@ -1,5 +1,7 @@
 """m2kernels.linear_policy_loss: float64 oracle, the two ops one after the other, hostile inputs, opcheck, compile."""
 
+import importlib
+
 import pytest
 import torch
 from head_cases import plain_torch as plain_head
@@ -362,6 +364,69 @@ def test_compile_fullgraph(backend):
         results.append((loss.detach(), ess, *torch.autograd.grad(loss, leaves)))
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(eager, compiled, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", ["grpo", "gspo"])
+def test_float16_keeps_gradients_under_a_large_denominator(compiled, kind, monkeypatch):
+    # M2's denominator, groups * G * l_max, is in the millions: a token's gradient alone is below what float16 holds,
+    # and a loss scale comes only in backward.
+    from m2kernels import _head
+
+    monkeypatch.setattr(_head.Head, "step", lambda self, width: 16)  # gspo: done twice
+    leaves, case = make_case(torch.float16, bias=True)
+    spec = mk.LossSpec(kind=kind, entropy_coef=0.01)
+
+    def step(*leaves):
+        out = mk.linear_policy_loss(
+            leaves[0], leaves[1], denom=4e6, spec=spec, bias=leaves[2], backend="torch", **for_spec(case, spec)
+        )
+        return out.loss * 2.0**18
+
+    fn = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+    got = torch.autograd.grad(fn(*leaves), leaves)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    double = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in case.items()}
+    exact = linear_policy_loss_ref(wide[0], wide[1], bias=wide[2], denom=4e6, spec=spec, **for_spec(double, spec))
+    want = torch.autograd.grad(exact * 2.0**18, wide)
+    for mine, leaf, grad in zip(got, leaves, want, strict=True):
+        assert mine.dtype == leaf.dtype
+        assert float((mine.double() - grad).norm() / grad.norm()) < 4e-3
+    if not compiled:
+        main_grad = torch.zeros(VOCAB, DEPTH)
+        rest = {"spec": spec, "backend": "torch", "main_grad": main_grad, **for_spec(case, spec)}
+        out = mk.linear_policy_loss(leaves[0], leaves[1], bias=leaves[2], denom=4e6, grad_scale=2.0**18, **rest)
+        (out.loss * 2.0**18).backward()
+        assert float((main_grad.double() - want[1]).norm() / want[1].norm()) < 4e-3
+        with pytest.raises(ValueError, match="pass denom as a number"):
+            mk.linear_policy_loss(leaves[0], leaves[1], denom=torch.tensor(4e6), grad_scale=1.0, **rest)
+
+
+def test_compiled_backward_does_not_round_the_upstream_factor():
+    leaves, case = make_case(torch.bfloat16)
+    spec = mk.LossSpec()
+
+    def step(*leaves):
+        return mk.linear_policy_loss(*leaves, denom=7.0, spec=spec, **for_spec(case, spec)).loss
+
+    grads = [
+        torch.autograd.grad(fn(*leaves), leaves, torch.tensor(1 / 3))
+        for fn in (step, torch.compile(step, fullgraph=True, backend="aot_eager"))
+    ]
+    whole = torch.autograd.grad(step(*leaves), leaves)
+    for eager, compiled, grad in zip(*grads, whole, strict=True):
+        wide = grad.double()
+        scale = [3 * float((x.double() * wide).sum() / wide.square().sum()) for x in (eager, compiled)]
+        assert scale == pytest.approx([1, 1], abs=3e-4)  # 1/3 in bfloat16 is 2e-3 off
+
+
+def test_compile_without_a_loss_kernel_says_so(monkeypatch):
+    module = importlib.import_module("m2kernels.linear_policy_loss")
+    monkeypatch.setattr(module, "graph_reason", lambda device: "cpu: not built")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    leaves, case = make_case()
+    with pytest.raises(ValueError, match=r"needs a kernel of the policy loss \(cpu: not built\)"):
+        mk.linear_policy_loss(*leaves, denom=1.0, **for_spec(case, mk.LossSpec()))
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

@@ -74,6 +74,27 @@ def test_recompute_never_counts_twice(grad_scale, reentrant):
     torch.testing.assert_close(main_grad, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("grad_scale", [None, 2.5])
+def test_recompute_with_a_target_made_anew_never_counts_twice(grad_scale):
+    leaves, case = make_case()
+    hidden = (leaves[0].detach().abs() + 0.1).requires_grad_()
+    want, got = torch.zeros(VOCAB, DEPTH), torch.zeros(VOCAB, DEPTH)
+    main_grad_step([hidden, leaves[1]], case, want, grad_scale, 2.5)
+    labels, kept = case.pop("target"), []
+
+    def forward(h):
+        kept.append(labels.clone())  # each call's target has an address of its own
+        return mk.linear_policy_loss(
+            h.exp().log(), leaves[1], kept[-1], denom=7.0, main_grad=got, grad_scale=grad_scale,
+            **for_spec(case, mk.LossSpec()),
+        ).loss  # fmt: skip
+
+    loss = checkpoint(forward, hidden, use_reentrant=False)
+    (loss * 2.5).backward()
+    assert len(kept) == 2
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_another_factor_than_grad_scale_raises():
     leaves, case = make_case()
     with pytest.raises(ValueError, match=r"brings a gradient of 2.0; expected grad_scale=4.0"):

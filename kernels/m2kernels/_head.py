@@ -193,6 +193,7 @@ class HeadGrads:
         into: float32 [Vl, D] that the weight's gradient is added to, times `scale`.
         scale: for `into` alone.
         wide: the weight's gradient must be float32, also that of a single chunk.
+        after: what all gradients are multiplied by once they are summed; with `into` a number.
     """
 
     def __init__(
@@ -203,10 +204,15 @@ class HeadGrads:
         into: torch.Tensor | None = None,
         scale: float = 1.0,
         wide: bool = False,
+        after: float | torch.Tensor = 1.0,
     ) -> None:
         p = head.problem
         self.head = head
-        self.scale = scale if into is not None else 1.0
+        self.after, self.scale = after, 1.0
+        if into is not None:
+            assert isinstance(after, float)
+            self.scale = scale * after
+        self.added = into is not None
         self.narrow = torch.float32 if wide or p.weight.dtype != p.dtype else p.dtype
         self.dtype = torch.float32
         self.unborn: torch.Tensor | None = None  # memory of to_weight, before it holds anything
@@ -281,6 +287,10 @@ class HeadGrads:
                 self.to_weight = self.unborn.zero_()
             else:
                 self.to_weight = torch.zeros_like(self.head.problem.weight, memory_format=torch.contiguous_format)
+        if not (isinstance(self.after, float) and self.after == 1.0):
+            for grad in (self.to_hidden, None if self.added else self.to_weight, self.to_bias):
+                if grad is not None:
+                    grad.mul_(self.after)
         return self.to_hidden, self.to_weight, self.to_bias
 
 

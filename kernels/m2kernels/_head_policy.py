@@ -3,7 +3,7 @@
 Shared by the eager and the compiled form of :func:`m2kernels.linear_policy_loss`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -78,12 +78,18 @@ def loss_and_grads(
         return _finish(terms, stats.logp, stats.entropy), (None, None, None)
     cut = terms.by_token()
     width = head.widest()
-    grads = HeadGrads(head, needs, into=target.into, scale=target.scale, wide=target.wide)
+    after: float | torch.Tensor = 1.0
+    if problem.dtype == torch.float16:
+        # A denominator in the millions would leave nothing of a gradient in float16: it divides the float32 sums.
+        cut, after = cut.undivided()
+        target = replace(target, wide=True)
+    grads = HeadGrads(head, needs, into=target.into, scale=target.scale, wide=target.wide, after=after)
     parts = grads.chunks(head.num_rows, width)
     if cut.couples_tokens() and len(parts) > 1:
         aligned = sequence_chunks(terms.seq, head.step(width))
         if aligned is None:
-            return _two_passes(head, terms, needs, target)
+            logp, entropy = _two_passes(head, cut, grads)
+            return _finish(terms, logp, entropy), grads.finish()
         parts = aligned
         grads.cut(len(parts))
     logp = head.hidden.new_empty(head.num_rows, dtype=torch.float32)
@@ -112,15 +118,12 @@ def _one_chunk(
     return rows.logp, rows.entropy
 
 
-def _two_passes(
-    head: Head, terms: PolicyTerms, needs: tuple[bool, bool, bool], target: WeightGrad
-) -> tuple[LinearPolicyLoss, Grads]:
-    """All log-probs first, then the gradients from logits computed again: four GEMMs."""
+def _two_passes(head: Head, terms: PolicyTerms, grads: HeadGrads) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logp, entropy): all log-probs first, then the gradients from logits computed again: four GEMMs."""
     stats = row_stats(head, entropy=True)
     assert stats.entropy is not None
-    upstream = terms.gradients(stats.logp, stats.entropy)
-    grads = head_backward(head, stats, upstream, needs, into=target.into, scale=target.scale, wide=target.wide)
-    return _finish(terms, stats.logp, stats.entropy), grads
+    head_backward(head, stats, terms.gradients(stats.logp, stats.entropy), grads)
+    return stats.logp, stats.entropy
 
 
 def _finish(terms: PolicyTerms, logp: torch.Tensor, entropy: torch.Tensor) -> LinearPolicyLoss:

@@ -13,10 +13,17 @@ _TOLERANCE = 1e-6  # between the factor that was promised and the one that backw
 class Counted:
     """A forward that has added to a main_grad and whose backward is to come; lives with its graph."""
 
-    __slots__ = ("__weakref__", "key")
+    __slots__ = ("__weakref__", "main_grad", "target")
 
-    def __init__(self, key: tuple[int, int, int]) -> None:
-        self.key = key
+    def __init__(self, main_grad: torch.Tensor, target: torch.Tensor) -> None:
+        self.main_grad = main_grad.data_ptr()
+        self.target = target  # held: its address cannot be another's meanwhile
+
+    def repeats(self, main_grad: torch.Tensor, target: torch.Tensor) -> bool:
+        """Whether this call is that forward again; its target may have been made anew."""
+        if self.main_grad != main_grad.data_ptr() or self.target.shape != target.shape:
+            return False
+        return self.target.data_ptr() == target.data_ptr() or torch.equal(self.target, target)
 
 
 _counted: weakref.WeakSet[Counted] = weakref.WeakSet()
@@ -28,11 +35,10 @@ def count(main_grad: torch.Tensor, target: torch.Tensor) -> Counted | None:
     Inside a backward, with the same call counted before, activation checkpointing runs that forward
     again. Whoever keeps the result keeps it until its backward.
     """
-    key = (main_grad.data_ptr(), target.data_ptr(), target.numel())
     inside: bool = torch._C._current_graph_task_id() != -1
-    if inside and any(c.key == key for c in _counted):
+    if inside and any(c.repeats(main_grad, target) for c in _counted):
         return None
-    found = Counted(key)
+    found = Counted(main_grad, target)
     _counted.add(found)
     return found
 

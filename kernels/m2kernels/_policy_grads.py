@@ -4,10 +4,13 @@ The fused head needs d loss / d logp of a chunk while its logits are at hand.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from m2kernels._backend import constant_when_compiled
 from m2kernels._head_kernels import Upstream
 from m2kernels._policy_loss_torch import look_up
 from m2kernels.policy_loss import LossSpec, PolicyLoss, policy_loss, spec_arguments
@@ -72,6 +75,10 @@ class PolicyTerms:
         plain = replace(spec, tis_cap=None, tis_level="token")
         return replace(self, advantage=advantage * weight, spec=plain, per_token=True, rollout_logp=None)
 
+    def undivided(self) -> tuple["PolicyTerms", float | torch.Tensor]:
+        """The same terms before the division, and the factor that divides."""
+        return replace(self, denom=1.0, divisor=None), 1.0 / (self.denom if self.divisor is None else self.divisor)
+
     def take(self, part: slice) -> "PolicyTerms":
         """The terms of some tokens; whole sequences, if they couple."""
 
@@ -104,8 +111,10 @@ class PolicyTerms:
 
     def gradients(self, logp: torch.Tensor, entropy: torch.Tensor) -> Upstream:
         """Of the loss in logp, and in the entropy where there is a bonus."""
-        if loss_reason(logp.device.type, logp) is None:
-            return self._kernel_gradients(logp, entropy)
+        ops = torch.ops.m2kernels
+        for backend, op in ((logp.device.type, "policy_loss_fwd"), ("triton", "policy_loss_triton_fwd")):
+            if loss_reason(backend, logp) is None:
+                return self._kernel_gradients(getattr(ops, op), logp, entropy)
         bonus = self.spec.entropy_coef != 0
         inputs = [x.detach().requires_grad_() for x in (logp, entropy)][: 2 if bonus else 1]
         with torch.enable_grad():
@@ -113,13 +122,20 @@ class PolicyTerms:
         grads = torch.autograd.grad(loss, inputs)
         return Upstream(grads[0], grads[1] if bonus else None)
 
-    def _kernel_gradients(self, logp: torch.Tensor, entropy: torch.Tensor) -> Upstream:
-        """The registered op forms gradients in its forward."""
+    def _kernel_gradients(self, op: Callable[..., Any], logp: torch.Tensor, entropy: torch.Tensor) -> Upstream:
+        """A registered op forms gradients in its forward."""
         tensors = (logp, self.old_logp, self.advantage, self.seq, None, entropy, self.rollout_logp, self.ref_logp)
         dense = [None if x is None else x.contiguous() for x in tensors]
-        found = torch.ops.m2kernels.policy_loss_fwd(*dense, *spec_arguments(self.spec), self.per_token, self.denom)
+        found = op(*dense, *spec_arguments(self.spec), self.per_token, self.denom)
         grads = found[2:] if self.divisor is None else [g / self.divisor for g in found[2:]]
         return Upstream(grads[0], grads[1] if self.spec.entropy_coef != 0 else None)
+
+
+@constant_when_compiled
+def graph_reason(device: str) -> str | None:
+    """Why :meth:`PolicyTerms.gradients` needs autograd on such a device, which is off inside a compiled op."""
+    reasons = [f"{name}: {why}" for name in (device, "triton") if (why := loss_reason(name))]
+    return "; ".join(reasons) if len(reasons) == 2 else None
 
 
 def spec_to_args(spec: LossSpec) -> tuple[str, str, str, list[float]]:

@@ -66,23 +66,9 @@ def row_stats(head: Head, *, entropy: bool) -> RowStats:
     return RowStats(out[0], out[1], out[2], out[3] if entropy else None)
 
 
-def head_backward(
-    head: Head,
-    stats: RowStats,
-    upstream: Upstream,
-    needs: tuple[bool, bool, bool],
-    *,
-    into: torch.Tensor | None = None,
-    scale: float = 1.0,
-    wide: bool = False,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of (hidden, weight, bias): logits again, chunk by chunk, of rows with a gradient.
-
-    Arguments and result are those of :class:`HeadGrads`; stats and upstream are of all M rows; `wide`
-    asks for the weight's in float32.
-    """
+def head_backward(head: Head, stats: RowStats, upstream: Upstream, grads: HeadGrads) -> None:
+    """Add to `grads`: logits again, chunk by chunk, of rows with a gradient. stats and upstream are of all M rows."""
     live = LiveRows(upstream).positions()  # on a GPU the one wait of the call
-    grads = HeadGrads(head, needs, into=into, scale=scale, wide=wide)
     for part in grads.chunks(live.numel(), head.weight.shape[0]):
         pick = part if live.numel() == head.num_rows else live[part]
         chunk = head.gather(pick)
@@ -92,7 +78,6 @@ def head_backward(
         part_of = Upstream(*(None if x is None else x[pick] for x in upstream))  # type: ignore[arg-type]
         dz = head.kernels.grad_rows(kept, chunk.settings, rows, part_of, None)
         grads.add(dz, chunk.hidden, chunk.positions)
-    return grads.finish()
 
 
 @torch.library.custom_op(
@@ -117,8 +102,9 @@ def _bwd(*args: Any) -> tuple[torch.Tensor, ...]:
     grad_logp, grad_entropy, logp, entropy, log_norm, low, *problem, needs = args
     head = Head(HeadProblem(*problem))
     stats = RowStats(log_norm, low, logp, entropy if entropy.numel() else None)
-    found = head_backward(head, stats, Upstream(grad_logp, grad_entropy), tuple(needs))
-    grads = to_inputs(found, problem[:3])
+    sums = HeadGrads(head, tuple(needs))
+    head_backward(head, stats, Upstream(grad_logp, grad_entropy), sums)
+    grads = to_inputs(sums.finish(), problem[:3])
     return tuple(logp.new_empty(0) if g is None else g for g in grads)
 
 

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from m2kernels._head import HEAD_SCHEMA, HeadProblem, head_reason, to_inputs
+from m2kernels._head import HEAD_SCHEMA, HeadProblem, head_reason
 from m2kernels._head_check import make_problem
 from m2kernels._head_policy import LinearPolicyLoss, WeightGrad, loss_and_grads
 from m2kernels._main_grad import Counted, check_factor, check_main_grad, count
-from m2kernels._policy_grads import PolicyTerms, spec_from_args, spec_to_args
+from m2kernels._policy_grads import PolicyTerms, graph_reason, spec_from_args, spec_to_args
 from m2kernels.metrics import FINAL_METRICS, RAW_METRICS, metrics_from_stats
 from m2kernels.policy_loss import LossSpec, _check_inputs, _check_spec, _number
 
@@ -108,6 +108,11 @@ class _LinearPolicyLoss(torch.autograd.Function):
 _SPEC_SCHEMA = "str kind, str kl, str tis_level, float[] numbers"
 
 
+def _grad_dtype(x: torch.Tensor) -> torch.dtype:
+    """Of the gradient of `x` before the factor of backward: float16 waits for a loss scale."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
 @torch.library.custom_op(
     "m2kernels::linear_policy_loss_fwd",
     mutates_args=(),
@@ -123,7 +128,7 @@ def _fwd(*args: Any) -> tuple[torch.Tensor, ...]:
         spec=spec_from_args(*spec), per_token=per_token, denom=denom, divisor=divisor,
     )  # fmt: skip
     out, grads = loss_and_grads(problem, terms, tuple(needs), WeightGrad())
-    given = to_inputs(grads, args[:3])
+    given = [g if g is None else g.to(_grad_dtype(x)) for g, x in zip(grads, args[:3], strict=True)]
     stats = torch.stack(tuple(out.metrics[key] for key in RAW_METRICS + FINAL_METRICS))
     return (
         out.loss,
@@ -140,7 +145,9 @@ def _fwd_fake(*args: Any) -> tuple[torch.Tensor, ...]:
     row = hidden.new_empty(target.shape[0], dtype=torch.float32)
     stats = row.new_empty(len(RAW_METRICS) + len(FINAL_METRICS))
     grads = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need and x is not None else row.new_empty(0)
+        torch.empty_like(x, dtype=_grad_dtype(x), memory_format=torch.contiguous_format)
+        if need and x is not None
+        else row.new_empty(0)
         for x, need in zip(args[:3], needs, strict=True)
     )
     return row.new_empty(()), row, torch.empty_like(row), stats, *grads
@@ -150,12 +157,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[4:])
     ctx.needs = inputs[-1]
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     ctx.num_inputs = len(inputs)
 
 
 def _backward(ctx: Any, grad_loss: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
     scaled = [
-        g * grad_loss.to(g.dtype) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        (g * grad_loss).to(dtype)
+        if need
+        else None  # grad_loss as it is: a loss scale may exceed what g's dtype holds
+        for g, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
     ]
     return *scaled, *(None for _ in range(ctx.num_inputs - 3))
 
@@ -164,6 +175,11 @@ _fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _compiled(problem: HeadProblem, terms: PolicyTerms, needs: list[bool]) -> LinearPolicyLoss:
+    reason = graph_reason(problem.hidden.device.type)
+    if reason is not None:
+        raise ValueError(
+            f"{_OP}: torch.compile needs a kernel of the policy loss ({reason}); leave the call uncompiled"
+        )
     loss, logp, entropy, stats, *_ = torch.ops.m2kernels.linear_policy_loss_fwd(
         *problem.args(), terms.old_logp, terms.advantage, terms.seq, terms.rollout_logp, terms.ref_logp,
         *spec_to_args(terms.spec), terms.per_token, terms.denom, terms.divisor, needs,
@@ -261,6 +277,8 @@ def linear_policy_loss(
     given = {"old_logp": old_logp, "rollout_logp": rollout_logp, "ref_logp": ref_logp}
     terms = _make_terms(like, advantage, seq, denom, spec, per_token, given)
     check_main_grad(_OP, main_grad, grad_scale, weight)
+    if problem.dtype == torch.float16 and grad_scale is not None and terms.divisor is not None:
+        raise ValueError(f"{_OP}: got denom as a tensor with grad_scale in float16; pass denom as a number")
     if torch.compiler.is_compiling():
         grad = torch.is_grad_enabled()
         needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
