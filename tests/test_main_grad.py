@@ -80,14 +80,15 @@ def test_recompute_with_a_target_made_anew_never_counts_twice(grad_scale):
     hidden = (leaves[0].detach().abs() + 0.1).requires_grad_()
     want, got = torch.zeros(VOCAB, DEPTH), torch.zeros(VOCAB, DEPTH)
     main_grad_step([hidden, leaves[1]], case, want, grad_scale, 2.5)
-    labels, kept = case.pop("target"), []
+    labels, kept, one = case.pop("target"), [], torch.ones((), requires_grad=True)
 
     def forward(h):
         kept.append(labels.clone())  # each call's target has an address of its own
-        return mk.linear_policy_loss(
+        loss = mk.linear_policy_loss(
             h.exp().log(), leaves[1], kept[-1], denom=7.0, main_grad=got, grad_scale=grad_scale,
             **for_spec(case, mk.LossSpec()),
         ).loss  # fmt: skip
+        return loss * one  # saves the loss: the recomputation goes all the way
 
     loss = checkpoint(forward, hidden, use_reentrant=False)
     (loss * 2.5).backward()
