@@ -48,6 +48,11 @@ class AlgoConfig(Section):
     baseline: Literal["mean", "loo"] = "mean"
     scale: Literal["none", "std"] = "none"
     entropy_coef: float = 0.0
+    kl: Literal["none", "k1", "k2", "k3"] = "none"
+    """Estimator of the divergence from the weights that the run started from; their log-probs are one more forward a
+    step, from a second copy of the weights in host memory. M2 has no such term."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of `kl` in the loss; 0: it is measured only."""
     tis_cap: float = Field(2.0, ge=0)
     """Cap of the truncated importance weight learner/rollout; 0 turns the correction off."""
     tis_level: Literal["token", "sequence"] = "token"
@@ -214,6 +219,8 @@ class Recipe(Section):
             )
         if self.algo.kind == "cispo" and self.algo.dual_clip is not None:
             raise ValueError("algo.kind = 'cispo' has no algo.dual_clip; drop one of them")
+        if self.algo.kl == "none" and self.algo.kl_coef:
+            raise ValueError(f"algo.kl_coef = {self.algo.kl_coef} without algo.kl; name k1, k2 or k3 there")
         if self.rollout.top_p < 1 and self.mismatch_limit is not None:
             raise ValueError(
                 f"rollout.top_p = {self.rollout.top_p}: the engine's log-probs are of the truncated distribution, "

@@ -30,6 +30,8 @@ class Sample:
     """Index of the reply in its step; results come back in the batch's order, this is for people."""
     old_logp: torch.Tensor | None = None
     """f32 [reply]: log-probs under the policy before the step's first update; None: on-policy"""
+    ref_logp: torch.Tensor | None = None
+    """f32 [reply]: log-probs under the reference policy, which the learner computes; never in a file"""
 
     def __post_init__(self) -> None:
         reply = self.token_ids.numel() - self.loss_start
@@ -38,7 +40,7 @@ class Sample:
                 f"sample {self.seq_id}: loss_start = {self.loss_start} of {self.token_ids.numel()} tokens; expected "
                 "at least one token of context and one of reply"
             )
-        for name in ("rollout_logp", "old_logp"):
+        for name in ("rollout_logp", "old_logp", "ref_logp"):
             value = getattr(self, name)
             if value is not None and value.numel() != reply:
                 raise ValueError(f"sample {self.seq_id}: {name} has {value.numel()} values for {reply} reply tokens")

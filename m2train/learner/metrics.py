@@ -26,6 +26,7 @@ _POLICY = (
     "ess",
     "num_bad_seq",
 )
+_REFERENCE = ("ref_kl",)
 
 
 def step_metrics(
@@ -41,6 +42,7 @@ def step_metrics(
     rollout = [s.rollout_logp for s in samples]
     # Under the weights that sampled the rollouts: with several updates a step those are the old log-probs.
     behaviour = [s.old_logp if s.old_logp is not None else new for s, new in zip(samples, logp, strict=True)]
+    named = _POLICY if recipe.algo.kl == "none" else _POLICY + _REFERENCE
     combined = mk.combine_metrics([one.metrics for one in scored if one.metrics])
     return {
         "policy/loss": sum(one.loss for one in scored),
@@ -48,7 +50,7 @@ def step_metrics(
         "policy/logp_mean": float(torch.cat(list(logp)).mean()),
         "learner/loss_tokens": float(tokens),
         "learner/samples": float(len(samples)),
-        **{f"policy/{name}": float(combined[name]) for name in _POLICY},
+        **{f"policy/{name}": float(combined[name]) for name in named},
         **mismatch(behaviour, rollout),
         **importance(behaviour, rollout, recipe.algo),
         **packing(plan, scored, recipe),

@@ -66,6 +66,7 @@ class HeadLoss:
     rollout_logp: torch.Tensor
     denom: float
     spec: mk.LossSpec
+    ref_logp: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -301,17 +302,21 @@ class PolicyModel(GPTModel):
             denom=loss.denom,
             spec=loss.spec,
             rollout_logp=loss.rollout_logp,
+            ref_logp=loss.ref_logp,
             main_grad=weight.main_grad,  # type: ignore[attr-defined]  # DDP's fp32 buffer
-            grad_scale=self._loss_factor(),
+            grad_scale=self._loss_factor(hidden.device),
             **common,
         )
         value = _announce(found.loss, weight) if self.announce else found.loss
         return HeadOutput(found.logp, found.entropy, value, found.metrics)
 
-    def _loss_factor(self) -> float:
-        """What the schedule multiplies a loss by (`calculate_per_token_loss`: by nothing else)."""
+    def _loss_factor(self, device: torch.device) -> float:
+        """What the schedule multiplies a loss by (`calculate_per_token_loss`: by nothing else).
+
+        A loss scaler's factor lies on the device and is read there: the one wait that it costs.
+        """
         scale = self.config.grad_scale_func
-        return 1.0 if scale is None else float(scale(torch.ones(1)))
+        return 1.0 if scale is None else float(scale(torch.ones(1, device=device)))
 
 
 class _Announce(torch.autograd.Function):

@@ -89,6 +89,8 @@ class MicroBatch:
     """f32 [M]"""
     old_logp: torch.Tensor | None
     """f32 [M]"""
+    ref_logp: torch.Tensor | None
+    """f32 [M]"""
 
 
 def plan_step(batch: TrainBatch, recipe: Recipe, costs: Costs, rank: int = 0, multiple: int = 1) -> StepPlan:
@@ -170,7 +172,6 @@ def build_micro_batch(
     samples = [batch.samples[i] for i in members]
     empty, none = torch.empty(0, dtype=torch.float32), torch.empty(0, dtype=torch.int64)
     rows = [forest.rows(i)[s.loss_start - 1 : -1].long() for i, s in enumerate(samples)]
-    old = [s.old_logp for s in samples if s.old_logp is not None]
     replies = torch.tensor([s.reply_length for s in samples], dtype=torch.int64)
     return MicroBatch(
         members=list(members),
@@ -181,8 +182,15 @@ def build_micro_batch(
         seq=torch.repeat_interleave(replies).to(device),
         advantage=torch.tensor([s.advantage for s in samples], dtype=torch.float32, device=device),
         rollout_logp=torch.cat([empty, *(s.rollout_logp.float() for s in samples)]).to(device),
-        old_logp=torch.cat(old).float().to(device) if old else None,
+        old_logp=_joined([s.old_logp for s in samples], device),
+        ref_logp=_joined([s.ref_logp for s in samples], device),
     )
+
+
+def _joined(values: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor | None:
+    """Values of each sample, all given or none."""
+    given = [x for x in values if x is not None]
+    return torch.cat(given).float().to(device) if given else None
 
 
 # ------------------------------------------------------------------------------------------------- which go together

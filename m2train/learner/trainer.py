@@ -30,24 +30,40 @@ from m2train.learner.metrics import step_metrics
 from m2train.learner.model import DTYPES, HeadLoss, HeadOutput, HeadRows, build_model
 from m2train.learner.packing import Costs, MicroBatch, StepPlan, build_micro_batch, plan_step
 from m2train.learner.parallel import device, gather_to_first, is_scoring_rank, start_model_parallel
+from m2train.learner.reference import Reference
 from m2train.learner.schedule import learning_rate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scored:
-    """What the last stage has to say about one micro-batch; all on the CPU."""
+    """What the last stage has to say about one micro-batch."""
 
     members: list[int]
     logp: torch.Tensor
     """f32[M], the members' reply tokens one after another"""
-    entropy: float
-    """summed over the tokens"""
-    loss: float
+    sums: torch.Tensor
+    """f32[2]: the loss, and the entropy summed over the tokens"""
     metrics: dict[str, torch.Tensor]
     area: int
     """(query, key) pairs in the tiles of its attention"""
     pairs: int
     """those of them that are visible"""
+
+    @property
+    def loss(self) -> float:
+        """Of its tokens."""
+        return float(self.sums[0])
+
+    @property
+    def entropy(self) -> float:
+        """Summed over its tokens."""
+        return float(self.sums[1])
+
+    def on_host(self) -> Scored:
+        """The same on the CPU: two copies, which wait for the device."""
+        values = torch.cat([self.sums, *(value.reshape(1) for value in self.metrics.values())]).cpu()
+        metrics = dict(zip(self.metrics, values[2:].unbind(), strict=True))
+        return replace(self, logp=self.logp.cpu(), sums=values[:2], metrics=metrics)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +100,7 @@ class Trainer:
         start_model_parallel(recipe)
         self.policy = build_model(self.hf, recipe)
         import_weights(self.hf, self.parameters(), model_dir)
+        self._reference = Reference(self.parameters()) if recipe.algo.kl != "none" else None
         self.ddp = _wrap(self.policy, recipe)
         self.optimizer = _build_optimizer(self.ddp, recipe)
         self.policy.config.finalize_model_grads_func = finalize_model_grads
@@ -149,18 +166,24 @@ class Trainer:
     def train(self, batches: list[TrainBatch]) -> list[StepResult]:
         """One optimizer step per batch, all on rollouts of the weights as they are now.
 
-        The old log-probs of later batches are computed before the first update. The first batch is on-policy: its
-        ratio is one, so it needs none.
+        Reference log-probs, and the old ones of later batches, are computed before the first update. The first batch
+        is on-policy: its ratio is one, so it needs no old ones.
         """
         ahead = [self._plan_ahead(batch) for batch in batches]
+        if self._reference is not None:
+            self._gather_weights()
+            with self._reference.in_place_of(self.parameters()):
+                batches = [self._scored(b, "ref_logp", plan) for b, plan in zip(batches, ahead, strict=True)]
         known = [batches[0]] if batches else []
         for batch, plan in zip(batches[1:], ahead[1:], strict=True):
-            if batch.samples[0].old_logp is None:
-                old = _share(self.logprobs(batch, plan), self.control)
-                samples = [replace(s, old_logp=o) for s, o in zip(batch.samples, old, strict=True)]
-                batch = replace(batch, samples=samples)
-            known.append(batch)
+            known.append(batch if batch.samples[0].old_logp is not None else self._scored(batch, "old_logp", plan))
         return [self.train_step(batch, plan) for batch, plan in zip(known, ahead, strict=True)]
+
+    def _scored(self, batch: TrainBatch, field: str, plan: Future[StepPlan]) -> TrainBatch:
+        """The batch with `field` of its samples set to their log-probs under the present weights, on every rank."""
+        found = _share(self.logprobs(batch, plan), self.control)
+        samples = [replace(s, **{field: logp}) for s, logp in zip(batch.samples, found, strict=True)]  # type: ignore[arg-type]
+        return replace(batch, samples=samples)
 
     def logprobs(self, batch: TrainBatch, ahead: Future[StepPlan] | None = None) -> list[torch.Tensor]:
         """Log-probs of the replies under the current weights, on rank 0; [] elsewhere."""
@@ -215,7 +238,13 @@ class Trainer:
             micro_batch_size=1,
             forward_only=not train,
         )
-        return found if is_scoring_rank() else None
+        if not is_scoring_rank():
+            return None
+        scored = [one.on_host() for one in found]  # all work is queued: the device is waited for once
+        for index, one in enumerate(scored):
+            if one.metrics and not math.isfinite(one.loss):
+                raise FloatingPointError(f"loss is {one.loss} in micro-batch {index} of update {self.update}")
+        return scored
 
     def _forward(self, batch: TrainBatch, train: bool, data: Iterator[tuple[int, MicroBatch]], _: Any) -> Any:
         index, micro = next(data)
@@ -226,6 +255,7 @@ class Trainer:
                 advantage=micro.advantage,
                 seq=micro.seq,
                 rollout_logp=micro.rollout_logp,
+                ref_logp=micro.ref_logp,
                 denom=batch.denom,
                 spec=self._spec,
             )
@@ -237,27 +267,26 @@ class Trainer:
             loss=loss,
         )
         out = self.policy.score(micro.tokens, self.policy.pack(micro.forest), head, through=self.ddp)
-        return out, partial(self._loss, index, micro)
+        return out, partial(_loss, index, micro)
 
-    def _loss(self, index: int, micro: MicroBatch, out: HeadOutput) -> tuple[torch.Tensor, torch.Tensor, Scored]:
-        # Without a loss (a dummy, or log-probs alone) a zero still takes part in the backward, so that all ranks
-        # issue the same collectives.
-        loss = out.logp.sum() * 0.0 if out.loss is None else out.loss
-        # Gradients are summed over micro-batches and DP ranks, then divided by the total of these counts: one.
-        share = int(index == 0 and parallel_state.get_data_parallel_rank() == 0)
-        count = torch.tensor(share, dtype=torch.int, device=loss.device)
-        scored = Scored(
-            members=micro.members,
-            logp=out.logp.detach().cpu(),
-            entropy=float(out.entropy.sum()),
-            loss=float(loss.detach()),
-            metrics={name: value.cpu() for name, value in out.metrics.items()},
-            area=micro.forest.tiles.area,
-            pairs=micro.forest.num_pairs,
-        )
-        if out.loss is not None and not math.isfinite(scored.loss):
-            raise FloatingPointError(f"loss is {scored.loss} in micro-batch {index} of update {self.update}")
-        return loss, count, scored
+
+def _loss(index: int, micro: MicroBatch, out: HeadOutput) -> tuple[torch.Tensor, torch.Tensor, Scored]:
+    """What Megatron's schedule wants of a micro-batch: the loss to go back from, its count, and what it reports."""
+    # Without a loss (a dummy, or log-probs alone) a zero still takes part in the backward: all ranks issue the same
+    # collectives.
+    loss = out.logp.sum() * 0.0 if out.loss is None else out.loss
+    # Gradients are summed over micro-batches and DP ranks, then divided by the total of these counts: one.
+    share = int(index == 0 and parallel_state.get_data_parallel_rank() == 0)
+    count = torch.tensor(share, dtype=torch.int, device=loss.device)
+    scored = Scored(
+        members=micro.members,
+        logp=out.logp.detach(),
+        sums=torch.stack([loss.detach().float(), out.entropy.sum()]),
+        metrics=out.metrics,
+        area=micro.forest.tiles.area,
+        pairs=micro.forest.num_pairs,
+    )
+    return loss, count, scored
 
 
 def loss_spec(algo: AlgoConfig) -> mk.LossSpec:
@@ -267,6 +296,8 @@ def loss_spec(algo: AlgoConfig) -> mk.LossSpec:
         clip_low=algo.clip_low,
         clip_high=algo.clip_high,
         dual_clip=algo.dual_clip,
+        kl=algo.kl,
+        kl_coef=algo.kl_coef,
         entropy_coef=algo.entropy_coef,
         tis_cap=algo.tis_cap or None,
         tis_level=algo.tis_level,

@@ -137,6 +137,12 @@ SECTIONS: list[tuple[str, list[Spec]]] = [
                 zero=True,
             ),
             Spec(
+                title="KL to the reference",
+                unit="nats per token",
+                series={"policy/ref_kl": "algo.kl"},
+                zero=True,
+            ),
+            Spec(
                 title="Gradient norm",
                 unit="before clipping",
                 series={"learner/grad_norm": "norm"},

@@ -150,6 +150,20 @@ def unbroken(layout: Layout, checkpoint: Path) -> dict[str, Any]:
     return {"logp": result.logp, "metrics": result.metrics, "after": trainer.logprobs(make_batch())}
 
 
+def updates(layout: Layout, checkpoint: Path | None = None, **settings: Any) -> dict[str, Any]:
+    """Two updates on one step's rollouts, then, with a checkpoint, a third after it was saved and loaded."""
+    batches = [make_batch(seed, old=False) for seed in range(3)]
+    trainer = layout.trainer("qwen3", **settings)
+    before = trainer.logprobs(batches[1])
+    third = trainer.logprobs(batches[2])
+    results = trainer.train(batches[:2])
+    if checkpoint is not None:
+        trainer.save(checkpoint)
+        results += layout.trainer("qwen3", checkpoint, **settings).train(batches[2:])
+    metrics = [r.metrics for r in results]
+    return {"before": before, "third": third, "logp": [r.logp for r in results], "metrics": metrics}
+
+
 def reference_extras(layout: Layout) -> dict[str, Any]:
     """What needs one process only."""
     out: dict[str, Any] = {}
@@ -167,11 +181,7 @@ def reference_extras(layout: Layout) -> dict[str, Any]:
     own_steps, optimizer_fixes.own_steps = optimizer_fixes.own_steps, lambda _: None
     out["shared_step"] = resumed(layout, checkpoint)
     optimizer_fixes.own_steps = own_steps
-    trainer = layout.trainer("qwen3")
-    batches = [make_batch(0, old=False), make_batch(1, old=False)]
-    before = trainer.logprobs(batches[1])
-    results = trainer.train(batches)
-    out["updates"] = {"before": before, "ratio_max": [r.metrics["policy/ratio_max"] for r in results]}
+    out["updates"] = updates(layout)
     trainer = layout.trainer("bf16", dtype="bfloat16")
     out["bf16"] = trainer.train_step(make_batch()).logp
     layout.round_trip("bf16", "bfloat16")
@@ -187,6 +197,11 @@ def main() -> None:
         layout.round_trip(variant)
     if layout.sizes == (1, 1, 1):
         out |= reference_extras(layout)
+    if layout.sizes in ((1, 1, 1), (1, 1, 2), (2, 2, 1)):
+        # With overlap the swapped weights pass DDP's hooks, which gather them.
+        out["kl"] = updates(
+            layout, folder / f"ckpt_kl_{layout.name}", overlap=layout.sizes[2] > 1, algo={"kl": "k3", "kl_coef": 0.5}
+        )
     if layout.sizes in ((1, 1, 1), (2, 2, 1)):
         for variant in OVERLAPPED:
             out["scaled", variant] = layout.steps(variant, [make_batch()], scale_loss, micro_batches=4)

@@ -115,7 +115,9 @@ def make_tree_batch(seed: int = 0, *, old: bool = True) -> TrainBatch:
     return TrainBatch(samples=samples, denom=len(samples) * 16.0, temperature=0.8)
 
 
-def make_recipe(tp: int = 1, pp: int = 1, dp: int = 1, **learner: Any) -> Recipe:
+def make_recipe(
+    tp: int = 1, pp: int = 1, dp: int = 1, *, algo: dict[str, Any] | None = None, **learner: Any
+) -> Recipe:
     """fp32, 12 replies a step. eps = 1 makes Adam's update almost linear in the gradient: with a small eps it is the
     gradient's sign, and rounding noise of 1e-7 in a gradient near zero becomes a full step in either direction."""
     settings = {
@@ -130,7 +132,7 @@ def make_recipe(tp: int = 1, pp: int = 1, dp: int = 1, **learner: Any) -> Recipe
     return parse(
         {
             "steps": 10,
-            "algo": {"group_size": 3, "max_new_tokens": 16, "entropy_coef": 0.01},
+            "algo": {"group_size": 3, "max_new_tokens": 16, "entropy_coef": 0.01} | (algo or {}),
             "rollout": {"cases_per_step": 4, "max_context_tokens": 32, "temperature": 0.8},
             "learner": settings | {"tp": tp, "pp": pp, "dp": dp, "start_timeout_s": 90.0} | learner,
         }

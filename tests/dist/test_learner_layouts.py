@@ -209,6 +209,26 @@ def test_checkpoint_under_another_layout(runs: Runs) -> None:
 
 def test_several_updates_use_old_logprobs_of_the_start(runs: Runs) -> None:
     """The first update is on-policy (ratio 1); the second sees ratios away from 1."""
-    first, second = runs["tp1pp1dp1"]["updates"]["ratio_max"]
+    first, second = (m["policy/ratio_max"] for m in runs["tp1pp1dp1"]["updates"]["metrics"])
     assert first == 1.0
     assert second > 1.0 + 1e-4
+
+
+@pytest.mark.parametrize("layout", ["tp1pp1dp1", "tp1pp1dp2", "tp2pp2dp1"])
+def test_kl_to_the_weights_that_the_run_started_from(runs: Runs, layout: str) -> None:
+    """Three updates, the last one after a checkpoint: the reference stays what it was before the first."""
+    found, plain = runs[layout]["kl"], runs["tp1pp1dp1"]["updates"]
+    measured = [m["policy/ref_kl"] for m in found["metrics"]]
+    assert measured[0] == 0.0  # the policy is the reference still, so the first update is that without a KL
+    for update, reference in ((1, found["before"]), (2, found["third"])):
+        y = torch.cat(found["logp"][update]).double() - torch.cat(reference).double()
+        k3 = torch.expm1(-y) + y
+        assert measured[update] == pytest.approx(float(k3.mean()), rel=1e-3) and measured[update] > 1e-4
+        if update == 1:  # of the same weights as without a KL, so the losses differ by its term alone
+            denom = make_batch(1).denom
+            added = found["metrics"][1]["policy/loss"] - plain["metrics"][1]["policy/loss"]
+            assert added == pytest.approx(0.5 * float(k3.sum()) / denom, rel=1e-2)
+    assert max_gap(found["before"], runs["tp1pp1dp1"]["kl"]["before"]) < 1e-5
+    for mine, theirs in zip(found["logp"], runs["tp1pp1dp1"]["kl"]["logp"], strict=True):
+        assert max_gap(mine, theirs) < 1e-5
+    assert "policy/ref_kl" not in plain["metrics"][0]
