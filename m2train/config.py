@@ -132,6 +132,9 @@ class LearnerConfig(Section):
     """Micro-batches per data-parallel rank and optimizer step; None: as few as the cap allows. A pipeline
     idles for (pp - 1) / micro-batches of the time: with pp > 1 several times pp are worth what they repeat."""
     recompute: bool = False
+    deterministic: bool = True
+    """Attention's backward adds in a fixed order; false lets a GPU take a faster one whose sums differ in their last
+    bits from run to run. On a CPU the order is always fixed."""
     overlap: bool = False
     """Gradients are reduced while the backward runs, weights gathered while the next forward does (dp > 1)."""
     micro_batch_loss_rows: int | None = Field(None, ge=1)

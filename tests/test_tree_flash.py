@@ -35,10 +35,11 @@ def causal(q, k, v, bounds, scale):
 @pytest.fixture(autouse=True)
 def forget():
     """Which package is there is asked once a process."""
-    for cached in (flash._package, flash._torch_has_varlen):
+    cached_functions = (flash._package, flash._torch_has_varlen)
+    for cached in cached_functions:
         cached.cache_clear()
     yield
-    for cached in (flash._package, flash._torch_has_varlen):
+    for cached in cached_functions:
         cached.cache_clear()
 
 
@@ -107,7 +108,7 @@ def test_torch_varlen(monkeypatch):
         return causal(call["query"], call["key"], call["value"], call["cu_seq_q"].tolist(), call["scale"])
 
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
-    monkeypatch.setattr(flash, "_package", lambda: None)
+    monkeypatch.setattr(flash, "_package", lambda: (None, "none"))
     compare(mk.plan_tree(SEQUENCES, keys=range(3)))
     (call,) = seen
     assert call["window_size"] == (-1, 0) and call["enable_gqa"] is True and call["return_aux"].lse
@@ -141,9 +142,40 @@ def test_reasons(monkeypatch):
         (OnCuda(260), chains, "head_dim is 260"),
     ):
         assert word in unsupported_reason("flash", q, plan)
+    assert "deterministic only under" in unsupported_reason("flash", deterministic=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert unsupported_reason("flash", deterministic=True) is None
+    finally:
+        torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(flash, "_torch_has_varlen", lambda: False)
-    monkeypatch.setattr(flash, "_package", lambda: None)
-    assert "neither flash_attn_interface nor flash_attn is installed" in unsupported_reason("flash")
+    reason = unsupported_reason("flash")
+    assert "flash_attn_interface is not installed, flash_attn is not installed" in reason
+
+
+def test_a_package_that_does_not_import_is_a_reason(monkeypatch, calls):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert unsupported_reason("flash", deterministic=True) is None  # flash_attn is there, and takes the option
+    flash._package.cache_clear()
+    monkeypatch.delattr("flash_attn.flash_attn_varlen_func")
+    assert "flash_attn does not import (AttributeError" in unsupported_reason("flash", deterministic=True)
+
+
+def test_flash_attn_3(monkeypatch):
+    """Its earlier builds return the log-sum-exp without being asked, and know no option for it."""
+    seen = []
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
+        softmax_scale=None, causal=False, deterministic=False, sm_margin=0,
+    ):  # fmt: skip
+        seen.append(deterministic)
+        return causal_(q, k, v, cu_seqlens_q.tolist(), softmax_scale)
+
+    causal_ = globals()["causal"]
+    monkeypatch.setattr(flash, "_package", lambda: (flash_attn_varlen_func, ""))
+    compare(mk.plan_tree(SEQUENCES, keys=range(3)))
+    assert seen == [True]
 
 
 def test_auto_never_takes_it_and_a_forest_is_refused():

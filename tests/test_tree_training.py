@@ -193,26 +193,31 @@ def train(folder: Path, sizes: tuple[int, int, int], jobs: list[str]) -> dict[st
         write_model(folder / model, model, layers=2)
     run_ranks("tree_worker.py", folder, sizes, *jobs, limit_s=500.0)
     found: dict[str, dict[str, Any]] = torch.load(folder / "tree_tp{}pp{}dp{}.pt".format(*sizes), weights_only=False)
+    for job in jobs:
+        model, case, steps = job.split(":")
+        assert len(found[model][case]["metrics"]) == len(found[model][case]["logp"]) == int(steps)
     return found
 
 
 def assert_same_training(got: dict[str, Any], want: dict[str, Any]) -> None:
     """Gradients of the first step within 1e-6, and 4e-6 of each tensor's largest; losses 1e-5 and norms 1e-4,
-    relative; log-probs 1e-5."""
+    relative; log-probs 1e-5. `want` may have gone on for longer."""
+    steps = len(got["metrics"])
+    assert 0 < steps <= len(want["metrics"])
     for name, grad in want["grads"].items():
         gap = float((got["grads"][name] - grad).abs().max())
         assert gap < min(1e-6, 4e-6 * float(grad.abs().max())), (name, gap)
-    for mine, theirs in zip(got["metrics"], want["metrics"], strict=False):
+    for mine, theirs in zip(got["metrics"], want["metrics"][:steps], strict=True):
         assert mine["policy/loss"] == pytest.approx(theirs["policy/loss"], rel=1e-5, abs=1e-6)
         assert mine["learner/grad_norm"] == pytest.approx(theirs["learner/grad_norm"], rel=1e-4)
-    for mine, theirs in zip(got["logp"], want["logp"], strict=False):
+    for mine, theirs in zip(got["logp"], want["logp"][:steps], strict=True):
         assert max(float((a - b).abs().max()) for a, b in zip(mine, theirs, strict=True)) < 1e-5
 
 
-def assert_packings_agree(found: dict[str, dict[str, Any]], tp: int) -> None:
+def assert_packings_agree(found: dict[str, dict[str, Any]], sizes: tuple[int, int, int]) -> None:
     """Every packing of every model against one reply a micro-batch, for as many steps as it was run."""
     forest = plan_forest(make_tree_batch().samples, shared=True)
-    forest = plan_forest(make_tree_batch().samples, shared=True, pad=-forest.num_rows % tp)
+    forest = plan_forest(make_tree_batch().samples, shared=True, pad=-forest.num_rows % sizes[0])
     for cases in found.values():
         for case in cases.keys() - {"none"}:
             assert_same_training(cases[case], cases["none"])
@@ -224,7 +229,8 @@ def assert_packings_agree(found: dict[str, dict[str, Any]], tp: int) -> None:
         assert tree["learner/tokens"] == apart["learner/tokens"] == apart["learner/unique_tokens"]
         assert tree["learner/unique_tokens"] + tree["learner/duplicate_tokens"] == tree["learner/tokens"]
         assert tree["learner/micro_batches"] == 1 < apart["learner/micro_batches"]
-        assert tree["learner/tile_inflation"] == pytest.approx(forest.tile_inflation)
+        if sizes[2] == 1:  # on two ranks there are two forests
+            assert tree["learner/tile_inflation"] == pytest.approx(forest.tile_inflation)
         assert 0 <= tree["learner/plan_wait_s"] < 1 and tree["learner/plan_s"] > 0
         assert abs(apart["policy/loss"]) > 1e-3 and apart["policy/clip_frac_high"] > 0.01, "a trivial case"
         if split is not None:
@@ -238,8 +244,10 @@ def assert_packings_agree(found: dict[str, dict[str, Any]], tp: int) -> None:
 def test_twenty_steps_are_the_same_packed_and_apart(tmp_path: Path, sizes: tuple[int, int, int]) -> None:
     jobs = [f"{model}:{case}:20" for model in MODELS for case in ("tree", "none")]
     found = train(tmp_path, sizes, [*jobs, *(f"qwen3:{case}:{FEW}" for case in ("split", "varlen"))])
-    assert len(found["llama"]["tree"]["metrics"]) == 20
-    assert_packings_agree(found, sizes[0])
+    for cases in found.values():  # the weights go somewhere: equality of runs that stand still would prove little
+        first, last = cases["tree"]["logp"][0], cases["tree"]["logp"][-1]
+        assert max(float((a - b).abs().max()) for a, b in zip(first, last, strict=True)) > 0.1
+    assert_packings_agree(found, sizes)
 
 
 @pytest.mark.slow
@@ -247,7 +255,7 @@ def test_twenty_steps_are_the_same_packed_and_apart(tmp_path: Path, sizes: tuple
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 1), (1, 1, 2)], ids=["tp1pp1", "tp2pp2", "dp2"])
 def test_every_packing_of_every_model(tmp_path: Path, sizes: tuple[int, int, int]) -> None:
     steps = 20 if sizes[2] == 1 else 5
-    assert_packings_agree(train(tmp_path, sizes, [f"{m}:{c}:{steps}" for m in MODELS for c in CASES]), sizes[0])
+    assert_packings_agree(train(tmp_path, sizes, [f"{m}:{c}:{steps}" for m in MODELS for c in CASES]), sizes)
 
 
 def test_the_batch_shares_what_it_says() -> None:

@@ -23,16 +23,22 @@ _HALF = (torch.bfloat16, torch.float16)
 _MAX_DIM = 256
 
 
-def flash_reason(q: Tensor | None = None, plan: TreePlan | None = None) -> str | None:
-    """Why no varlen kernel can run here, on q [N, Hq, D], or on this forest; None if one can."""
+def flash_reason(q: Tensor | None = None, plan: TreePlan | None = None, deterministic: bool = False) -> str | None:
+    """Why no varlen kernel can run here, on q [N, Hq, D], or on this forest; None if one can.
+
+    With `deterministic` its backward has to be.
+    """
     if q is not None and q.device.type != "cuda":
         return f"q is on {q.device.type}; varlen kernels are CUDA's"
     if not torch.cuda.is_available():
         return "no CUDA device is visible"
-    if _package() is None and not _torch_has_varlen():
+    function, missing = _package()
+    if function is None and not _torch_has_varlen():
+        return f"{missing}, and torch {torch.__version__} has no torch.nn.attention.varlen with window_size; 2.11 has"
+    if function is None and deterministic and not torch.are_deterministic_algorithms_enabled():
         return (
-            f"neither {' nor '.join(_PACKAGES)} is installed, and torch {torch.__version__} has no "
-            "torch.nn.attention.varlen with window_size; 2.11 has"
+            f"{missing}, and the backward of torch's varlen kernel is deterministic only under "
+            "torch.use_deterministic_algorithms(True)"
         )
     if q is not None and q.dtype not in _HALF:
         return f"q is {q.dtype}; varlen kernels take bfloat16 and float16"
@@ -53,8 +59,18 @@ def first_branch(plan: TreePlan) -> int | None:
 
 
 @functools.cache
-def _package() -> str | None:
-    return next((name for name in _PACKAGES if importlib.util.find_spec(name) is not None), None)
+def _package() -> tuple[Callable[..., Any] | None, str]:
+    """The varlen function of the first package that has one, or None and why there is none."""
+    missing = []
+    for name in _PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            missing.append(f"{name} is not installed")
+            continue
+        try:  # one built for another torch is found, and breaks here
+            return importlib.import_module(name).flash_attn_varlen_func, ""
+        except (ImportError, OSError, AttributeError, RuntimeError) as err:
+            missing.append(f"{name} does not import ({type(err).__name__}: {err})")
+    return None, ", ".join(missing)
 
 
 @functools.cache
@@ -68,12 +84,13 @@ def _torch_has_varlen() -> bool:
 
 def _bounds(plan: TreePlan, device: torch.device) -> tuple[Tensor, int]:
     """cu_seqlens int32 [trees + 1] on `device` and the longest tree; worked out once a plan."""
-    found = plan.derived.get("chain_bounds")
+    key = f"chain_bounds {device}"
+    found = plan.derived.get(key)
     if found is None:
         roots = plan.segments.start[plan.segments.parent < 0]
         ends = np.append(roots, plan.num_rows).astype(np.int32)
         longest = int(np.diff(ends).max(initial=0))
-        found = plan.derived["chain_bounds"] = (upload([torch.from_numpy(ends)], device)[0], longest)
+        found = plan.derived[key] = (upload([torch.from_numpy(ends)], device)[0], longest)
     assert isinstance(found, tuple)
     return found
 
@@ -86,12 +103,15 @@ def flash_tree_attention(
     bounds, longest = _bounds(plan, q.device)
     rows = [x[:num] for x in (q, k, v)]
     args = (*rows, bounds, bounds, longest, longest)
-    name = _package()
-    if name is None:
+    attend, _ = _package()
+    if attend is None:
         out, lse = _torch_varlen(args, scale)
     else:
-        attend: Callable[..., Any] = importlib.import_module(name).flash_attn_varlen_func
-        options = {"softmax_scale": scale, "causal": True, "deterministic": deterministic, "return_attn_probs": True}
+        options = {"softmax_scale": scale, "causal": True, "deterministic": deterministic}
+        if (
+            "return_attn_probs" in inspect.signature(attend).parameters
+        ):  # without it FlashAttention-3 returns lse as is
+            options["return_attn_probs"] = True
         out, lse = attend(*args, **options)[:2]
     lse = lse.detach().t()
     padding = q.shape[0] - num

@@ -218,7 +218,12 @@ class TreePlan:
         return self.subtree_end[None, None, :, None]
 
     def to(self, device: torch.device | str) -> "TreePlan":
-        """The same plan with its tensors on `device`: one transfer for all, which does not block the host."""
+        """The same plan with its tensors on `device`: one transfer for all, which does not block the host.
+
+        A plan that is there already is returned as it is, with what backends have worked out for it.
+        """
+        if torch.device(device) == self.tokens.device:
+            return self
         plan, tiles = _tensors(self), _tensors(self.tiles)
         moved = iter(upload([*plan.values(), *tiles.values()], torch.device(device)))
         there: dict[str, Any] = {name: next(moved) for name in plan}

@@ -8,7 +8,9 @@ dense pieces (_tree_attention_cpu.py); `flash` hands a forest of chains to a var
 only when it is asked for; `torch` is the reference, any device and dtype: each chain attends to a copy of its path.
 """
 
+import functools
 import math
+import warnings
 from typing import Literal, overload
 
 import torch
@@ -28,9 +30,11 @@ TREE_BACKENDS = (*BACKENDS, "flash")
 """`auto` never gets to the last one: where `torch` is reached it can run."""
 
 
-def unsupported_reason(backend: str, q: torch.Tensor | None = None, plan: TreePlan | None = None) -> str | None:
-    """Why `backend` (cuda | cpu | triton | torch | flash) cannot run here, on these queries or this plan; None if it
-    can."""
+def unsupported_reason(
+    backend: str, q: torch.Tensor | None = None, plan: TreePlan | None = None, *, deterministic: bool = False
+) -> str | None:
+    """Why `backend` (cuda | cpu | triton | torch | flash) cannot run here, on these queries or this plan, or with a
+    deterministic backward; None if it can."""
     if backend == "torch":
         return None
     if backend == "cuda":
@@ -38,7 +42,7 @@ def unsupported_reason(backend: str, q: torch.Tensor | None = None, plan: TreePl
     if backend == "triton":
         return triton_tree_reason(q, None if plan is None else plan.tiles.block)
     if backend == "flash":
-        return flash_reason(q, plan)
+        return flash_reason(q, plan, deterministic)
     if q is not None and q.device.type != "cpu":
         return f"q is on {q.device.type}"
     return None
@@ -113,7 +117,8 @@ def tree_attention(
         plan: from :func:`m2kernels.plan_tree`; row j is visible to row i iff j <= i < plan.subtree_end[j].
         scale: of the scores; None is D ** -0.5.
         deterministic: False lets a backend use a faster backward whose sums have no fixed order: triton and flash
-            have one. torch's varlen kernel follows torch.use_deterministic_algorithms instead.
+            have one. torch's varlen kernel follows torch.use_deterministic_algorithms instead, and is refused while
+            that is off and this is True.
         return_lse: also return the log-sum-exp of each row's scores.
         backend: auto | triton | cpu | torch | flash. flash takes a forest of chains alone, and is never `auto`'s
             choice.
@@ -128,7 +133,11 @@ def tree_attention(
     """
     number = q.shape[-1] ** -0.5 if scale is None and q.dim() == 3 and q.shape[-1] else float(scale or 0.0)
     _check_inputs(q, k, v, plan, number)
-    chosen = choose_backend(_OP, backend, lambda name: unsupported_reason(name, q, plan), TREE_BACKENDS)
+    chosen = choose_backend(
+        _OP, backend, lambda name: unsupported_reason(name, q, plan, deterministic=deterministic), TREE_BACKENDS
+    )
+    if chosen == "torch" and backend == "auto" and q.is_cuda:
+        _warn_of_reference(str(unsupported_reason("triton", q, plan)))
     if not plan.num_rows or not q.numel():
         chosen = "torch"
     lse: torch.Tensor | None
@@ -146,6 +155,15 @@ def tree_attention(
         return out
     assert lse is not None
     return out, lse
+
+
+@functools.cache
+def _warn_of_reference(reason: str) -> None:
+    """Once a reason: nobody should train on the reference without knowing."""
+    warnings.warn(
+        f"{_OP}: the readable reference runs, with all scores of a path at once, since triton cannot: {reason}",
+        stacklevel=3,
+    )
 
 
 def _tree_attention_torch(

@@ -27,15 +27,19 @@ class PackedRows(PackedSeqParams):
     cos: torch.Tensor | None = None
     """[tokens, 1, dim / 2], in the model's dtype"""
     sin: torch.Tensor | None = None
+    deterministic: bool = True
 
 
-def packed_rows(forest: mk.TreePlan, inverse_frequencies: torch.Tensor, dtype: torch.dtype) -> PackedRows:
+def packed_rows(
+    forest: mk.TreePlan, inverse_frequencies: torch.Tensor, dtype: torch.dtype, *, deterministic: bool = True
+) -> PackedRows:
     """Describe a packed micro-batch.
 
     Args:
         forest: on the device of the frequencies.
         inverse_frequencies: fp32 [dim / 2].
         dtype: of cos and sin.
+        deterministic: the backward's sums have a fixed order.
     """
     angle = forest.position.float()[:, None] * inverse_frequencies
     apart = forest.num_rows == forest.num_input_tokens
@@ -50,6 +54,7 @@ def packed_rows(forest: mk.TreePlan, inverse_frequencies: torch.Tensor, dtype: t
         forest=forest,
         cos=angle.cos().to(dtype)[:, None],
         sin=angle.sin().to(dtype)[:, None],
+        deterministic=deterministic,
     )
 
 
@@ -104,7 +109,11 @@ class ThdCoreAttention(torch.nn.Module):
         assert packed.forest is not None, "packed_rows() made no description"
         query = _Rotate.apply(query, packed.cos, packed.sin)
         key = _Rotate.apply(key, packed.cos, packed.sin)
-        flash = packed.cu_seqlens_q is not None and unsupported_reason("flash", query, packed.forest) is None
+        fixed = packed.deterministic
+        reason = unsupported_reason("flash", query, packed.forest, deterministic=fixed)
+        flash = packed.cu_seqlens_q is not None and reason is None
         backend = "flash" if flash else "auto"
-        out = mk.tree_attention(query, key, value, packed.forest, scale=self.scale, backend=backend)
+        out = mk.tree_attention(
+            query, key, value, packed.forest, scale=self.scale, deterministic=fixed, backend=backend
+        )
         return out.reshape(out.shape[0], -1)

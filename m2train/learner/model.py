@@ -189,6 +189,7 @@ def build_model(model: HfModel, recipe: Recipe) -> PolicyModel:
             rotary_base=int(model.rope.theta),
             hf=model,
         )
+    policy.deterministic = recipe.learner.deterministic
     _mark_shards(policy)
     return policy
 
@@ -226,6 +227,8 @@ class PolicyModel(GPTModel):
         self.inverse_frequencies = hf.rope.inverse_frequencies(hf.head_dim).to(device)
         if hasattr(self, "rotary_pos_emb"):  # Transformer Engine path: same frequencies, Megatron applies them
             self.rotary_pos_emb.inv_freq = self.inverse_frequencies
+        self.deterministic = True
+        """Whether the sums of attention's backward have a fixed order."""
         self.announce = False
         """Whether DDP counts gradients as they come (overlap): that of the head's weight is in main_grad already, but
         the hook on the weight has to be called."""
@@ -238,7 +241,9 @@ class PolicyModel(GPTModel):
 
     def pack(self, forest: mk.TreePlan) -> PackedRows:
         """Packing description of a micro-batch."""
-        return packed_rows(forest, self.inverse_frequencies, self.config.params_dtype)
+        return packed_rows(
+            forest, self.inverse_frequencies, self.config.params_dtype, deterministic=self.deterministic
+        )
 
     def score(self, tokens: torch.Tensor, packed: PackedRows, head: HeadRows, *, through: torch.nn.Module) -> Any:
         """Forward of `tokens [1, T]`: a HeadOutput on the last stage, hidden states before it.

@@ -257,12 +257,21 @@ def _pack(prefixes: SharedPrefixes, limit: Limit, recipe: Recipe, costs: Costs) 
         return bins
     fewest = max(-(-tokens // int(limit.tokens)), -int(-rows // limit.rows))
     num = -(-fewest // learner.dp) * learner.dp
-    while True:  # one sample a bin always fits
-        bins = _best_bins(prefixes, num, limit, recipe, costs)
-        if bins is not None:
-            return bins
-        num += learner.dp
-        assert num < len(prefixes.rows) + learner.dp, "one sample a micro-batch fits"
+    bins = _best_bins(prefixes, num, limit, recipe, costs)
+    if bins is not None:
+        return bins
+    # Paths are repeated, so it takes more: between too few and what is found without a number.
+    bins = _fill(prefixes, prefixes.units(limit), None, limit, costs)
+    assert bins is not None, "a unit is within the limit"
+    few, many = num // learner.dp, -(-len(bins) // learner.dp)
+    while many - few > 1:
+        middle = (few + many) // 2
+        found = _best_bins(prefixes, middle * learner.dp, limit, recipe, costs)
+        if found is None:
+            few = middle
+        else:
+            many, bins = middle, found
+    return bins
 
 
 def _best_bins(
@@ -271,7 +280,7 @@ def _best_bins(
     """The cheapest of several ways to fill `num` bins; None if none is found.
 
     Large units repeat little and balance badly, small ones the other way round: several sizes are tried. Ranks wait
-    for each other in every micro-batch.
+    for each other in every micro-batch, and a pipeline fills and drains at the pace of the largest.
     """
     dp = recipe.learner.dp
     even = prefixes.plan.num_rows / num
@@ -283,7 +292,8 @@ def _best_bins(
         bins = _fill(prefixes, units, num, limit, costs) if len(units) >= fewest else None
         if bins is None:
             continue
-        cost = sum(sorted((_cost(prefixes, one, costs) for one in bins), reverse=True)[::dp])
+        each = sorted((_cost(prefixes, one, costs) for one in bins), reverse=True)
+        cost = sum(each[::dp]) + (recipe.learner.pp - 1) * each[0]
         if cost < best_cost * (1 - 1e-9):
             best, best_cost = bins, cost
         if num == 1 or len(units) == len(prefixes.rows):
@@ -292,7 +302,7 @@ def _best_bins(
 
 
 def _fill(
-    prefixes: SharedPrefixes, units: list[Unit], num: int, limit: Limit, costs: Costs
+    prefixes: SharedPrefixes, units: list[Unit], num: int | None, limit: Limit, costs: Costs
 ) -> list[list[int]] | None:
     caps = [float(limit.tokens), min(limit.rows, float(sum(prefixes.rows)))]
     weights = [[unit.tokens, unit.rows] for unit in units]
