@@ -28,3 +28,13 @@ def check_device(op: str, name: str, tensor: torch.Tensor, like: torch.Tensor) -
             f"{op}: {name} is on {tensor.device}; expected {like.device}, where the first "
             f"argument is; move it with .to({str(like.device)!r})"
         )
+
+
+def check_ids(op: str, name: str, ids: torch.Tensor, limit: int | None) -> None:
+    """Raise ValueError for an id outside [0, limit); eager on CPU only, elsewhere it would sync."""
+    if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = (int(x) for x in ids.aminmax())
+    if low < 0 or (limit is not None and high >= limit):
+        bound = "" if limit is None else f" and below {limit}"
+        raise ValueError(f"{op}: {name} holds {low} to {high}; expected ids from 0{bound}")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from m2kernels._check import check_ids
 from m2kernels._head_kernels import HeadKernels, HeadSettings, RowStats
 from m2kernels._head_torch import TorchHead
 from m2kernels._native import machine_reason
@@ -135,6 +136,8 @@ class Head:
             p = self.problem
             width, dim = self.weight.shape
             self.vocab = VocabGroup(p.group, p.vocab_start, width, self.kernels, self.weight, (dim, p.vocab_size))
+            if p.group is not None:  # now it is known how many ids there are
+                check_ids("LM head", "target", p.target, self.vocab.total)
         return self.vocab.widest
 
     def step(self, width: int) -> int:

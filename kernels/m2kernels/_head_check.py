@@ -6,7 +6,7 @@ import torch
 from torch import distributed as dist
 
 from m2kernels._backend import choose_backend
-from m2kernels._check import INTEGERS, check_device, check_dtype, check_vector
+from m2kernels._check import INTEGERS, check_device, check_dtype, check_ids, check_vector
 from m2kernels._head import CHUNK_BYTES, HEAD_BACKENDS, HeadProblem, head_reason
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,16 +29,6 @@ def check_temperature(
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"{op}: got temperature {temperature}; expected a number over 0")
     return None, float(temperature)
-
-
-def check_ids(op: str, name: str, ids: torch.Tensor, limit: int | None) -> None:
-    """Raise ValueError for an id outside [0, limit); eager on CPU only, elsewhere it would sync."""
-    if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
-        return
-    low, high = (int(x) for x in ids.aminmax())
-    if low < 0 or (limit is not None and high >= limit):
-        bound = "" if limit is None else f" and below {limit}"
-        raise ValueError(f"{op}: {name} holds {low} to {high}; expected ids from 0{bound}")
 
 
 def gemm_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:

@@ -78,13 +78,13 @@ class VocabGroup:
         shared: tuple[int | None, ...] = (),
     ) -> None:
         self.kernels = kernels
-        self.widest = width
+        self.widest = self.total = width
         self.group = None if group is None else _resolve(group)
         if self.group is None or self.group.size() == 1:
             self.group = None
             return
         shards = find_shards(self.group, start, width, like.device, shared)
-        self.widest = max(w for _, w in shards)
+        self.widest, self.total = max(w for _, w in shards), sum(w for _, w in shards)
         self.tiles = [-(-w // kernels.tile) for _, w in shards]
         self.order = sorted(range(len(shards)), key=lambda rank: shards[rank])
 

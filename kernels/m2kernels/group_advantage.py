@@ -59,9 +59,11 @@ def _group_advantage_torch(
     starts[1:] = label[1:] != label[:-1]
     dense = torch.empty_like(order)
     dense[order] = starts.cumsum(0) - 1
+    lengths = torch.zeros_like(order).index_add(0, dense, torch.ones_like(order))
 
     def group_sum(x: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(r).index_add(0, dense, x)[dense]
+        # In a fixed order, also on a GPU, where index_add of floats has none.
+        return torch.segment_reduce(x[order], "sum", lengths=lengths, unsafe=True, initial=0)[dense]
 
     n = group_sum(live.double())
     difference = torch.where(live, r - group_sum(r) / n.clamp(min=1), 0)

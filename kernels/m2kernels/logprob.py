@@ -10,9 +10,9 @@ import torch
 from torch import distributed as dist
 
 from m2kernels._backend import choose_backend
-from m2kernels._check import INTEGERS, check_device, check_dtype, check_vector
+from m2kernels._check import INTEGERS, check_device, check_dtype, check_ids, check_vector
 from m2kernels._head import HEAD_BACKENDS, head_kernels, head_reason
-from m2kernels._head_check import FLOATS, check_ids, check_temperature, group_name
+from m2kernels._head_check import FLOATS, check_temperature, group_name
 from m2kernels._head_kernels import HeadSettings, RowStats, Upstream
 from m2kernels._triton import triton_logits_reason
 from m2kernels._vocab_group import VocabGroup
@@ -55,6 +55,7 @@ def _fwd(*args: Any) -> tuple[torch.Tensor, ...]:
     dense, settings = _prepare(logits, target, temperatures, temperature, start)
     kernels = head_kernels(backend)
     vocab = VocabGroup(group, start, logits.shape[1], kernels, logits)
+    check_ids(_OP, "target", target, vocab.total)
     rows = vocab.merge(kernels.tile_stats(dense, settings, entropy=entropy), settings.target)
     measured = rows.logp.new_empty(0) if rows.entropy is None else rows.entropy.clone()
     return rows.logp.clone(), measured, rows.log_norm.clone(), rows.log_norm_low.clone()

@@ -160,6 +160,25 @@ def wrong_shards(x: dict[str, torch.Tensor], group: dist.ProcessGroup) -> list[s
     return found
 
 
+def wrong_ids(x: dict[str, torch.Tensor], cuts: list[int], group: dist.ProcessGroup) -> list[str]:
+    """What the ops say to an id that no rank holds, without being told how many there are."""
+    rank = dist.get_rank(group)
+    weight = x["weight"][cuts[rank] : cuts[rank + 1]]
+    target = torch.full((3,), cuts[-1])
+    common = {"tp_group": group, "vocab_start": cuts[rank], "backend": "cpu"}
+    found = []
+    for call in (
+        lambda: mk.linear_logprob(x["hidden"][:3], weight, target, **common),
+        lambda: mk.logprob(x["hidden"][:3].float() @ weight.float().T, target, **common),
+    ):
+        try:
+            call()
+            found.append("")
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
 def main(folder: Path, backend: str) -> None:
     """Run every layout: for float32 and bfloat16, and torch's at TP 2, with backend cpu; for float32 with triton."""
     dist.init_process_group("gloo")
@@ -178,6 +197,7 @@ def main(folder: Path, backend: str) -> None:
         results["torch", torch.float32] = run(inputs(torch.float32), CUTS["tp2"], groups[2], "torch")
         cuts = CUTS["tp4 aligned, of unequal widths"]
         results["collectives"] = collectives(inputs(torch.float32), cuts, groups[4])
+        results["wrong ids"] = wrong_ids(inputs(torch.float32), CUTS["tp2"], groups[2])
         results["wrong shards"] = wrong_shards(inputs(torch.float32), groups[2])
         for dtype in (torch.float32, torch.bfloat16):
             results["real size", dtype] = real_size(groups, dtype)

@@ -131,6 +131,12 @@ def test_shards_that_overlap_or_leave_a_gap(results):
     assert again == overlap
 
 
+def test_ids_that_no_rank_holds(results):
+    held = CUTS["tp2"][-1]
+    for message in results["wrong ids"]:
+        assert f"target holds {held} to {held}; expected ids from 0 and below {held}" in message
+
+
 @interpreted
 def test_triton_shards(tmp_path):
     """Triton's kernels; gradients against those of one rank."""

@@ -2,7 +2,9 @@
 
 import re
 
+import head_cases
 import pytest
+import test_linear_policy_loss as fused
 import torch
 from forests import dialogues, replies
 from kernel_testing import assert_kernel
@@ -83,7 +85,7 @@ def test_head_is_invariant_and_deterministic_to_the_bit(dtype):
     order = torch.randperm(1500, generator=torch.Generator().manual_seed(1)).cuda()
     for a, b in zip(whole, again, strict=True):
         assert torch.equal(a, b)
-    for rows in (order, order[:129], order[:1]):
+    for rows in (order, order[:1488], order[:129], order[:128], order[:1]):  # Triton specialises on multiples of 16
         part, _ = forward(case.pick(rows))
         for a, b in zip(whole, part, strict=True):
             assert torch.equal(a[rows], b)
@@ -136,6 +138,57 @@ def test_linear_logprob_holds_no_logits(dtype):
     assert torch.cuda.max_memory_allocated() - before < rows * vocab * dtype.itemsize / 8
     (out.logp.sum() + out.entropy.sum()).backward()
     assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows_of_a_chunk", [None, 128])
+def test_linear_logprob_against_float64(dtype, rows_of_a_chunk, device="cuda", backend="triton"):
+    """All that the kernels do not do themselves: rows that repeat, bias, padding, cuBLAS's dX and dW, chunks."""
+    case = head_cases.make_case(200, 256, 5000, 700, dtype, bias=True, row_temperature=True, padding=45, scale=4.0)
+    want = head_cases.run_oracle(case)
+    there = head_cases.HeadCase(**{name: to_device(value, device) for name, value in vars(case).items()})
+    plain = head_cases.run_torch(there)
+    budget = None if rows_of_a_chunk is None else rows_of_a_chunk * 5000 * dtype.itemsize
+    got = head_cases.run_op(there, mk.linear_logprob, backend=backend, chunk_bytes=budget)
+    for name in ("logp", "entropy"):
+        assert_kernel(name, getattr(got, name).cpu(), getattr(plain, name).cpu(), getattr(want, name), eps=4e-6)
+    for name, *grads in zip(("hidden", "weight", "bias"), got.grads, plain.grads, want.grads, strict=True):
+        mine, torchs, exact = grads
+        assert_kernel(name, mine.cpu(), torchs.cpu(), exact, eps=4e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("grad_scale", [None, 2.0])
+@pytest.mark.parametrize("rows_of_a_chunk", [None, 128])
+def test_linear_policy_loss_against_float64(dtype, grad_scale, rows_of_a_chunk, device="cuda", backend="triton"):
+    """Its gradients, and what two micro-batches add to a trainer's float32 buffer."""
+    leaves, case = fused.head_case(5000, 256, [300, 250, 150], dtype, hidden_rows=200)
+    spec = mk.LossSpec(entropy_coef=0.1)
+    want_loss, want, _ = fused.oracle(leaves, case, spec)
+    leaves = [x.detach().to(device).requires_grad_() for x in leaves]
+    case = to_device(case, device)
+    plain_loss, plain, _ = fused.run(leaves, case, spec, fused.plain_torch)
+    budget = None if rows_of_a_chunk is None else rows_of_a_chunk * 5000 * dtype.itemsize
+    options = {"backend": backend, "chunk_bytes": budget}
+    loss, grads, _ = fused.run(leaves, case, spec, **options)
+    assert_kernel("loss", loss.cpu(), plain_loss.cpu(), want_loss, eps=4e-6)
+    for name, mine, torchs, exact in zip(("hidden", "weight"), grads, plain, want, strict=True):
+        assert_kernel(name, mine.cpu(), torchs.cpu(), exact, eps=4e-6)
+    main_grad = torch.zeros(5000, 256, device=device)
+    for _ in range(2):
+        out = mk.linear_policy_loss(
+            *leaves, denom=7.0, spec=spec, main_grad=main_grad, grad_scale=grad_scale, **options, **case
+        )
+        (out.loss * 2.0).backward()
+    assert leaves[1].grad is None
+    assert_kernel("main_grad", main_grad.cpu() / 4, plain[1].float().cpu(), want[1], eps=4e-6)
+
+
+def to_device(value, device):
+    """Tensors, and those in a dict, on a device."""
+    if isinstance(value, dict):
+        return {name: to_device(x, device) for name, x in value.items()}
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
