@@ -16,6 +16,7 @@ from head_common import (
     eager,
     frozen,
     gemms,
+    idle,
     loss_settings,
     loss_shapes,
     selected_rows,
@@ -159,12 +160,16 @@ def batch(s: Setup) -> Batch:
     # Ratios stay off the clips: a token that one dtype clips and another does not would be all of the error, and
     # rows without a gradient, which ours skips, would flatter it.
     old = logp + 0.2 * (s.rand(count, dtype=torch.float32) - 0.5)
-    return Batch(hidden, weight, target, rows, old, s.randn(s.N // RUN, dtype=torch.float32), rows // RUN)
+    advantage = s.randn(s.N // RUN, dtype=torch.float32)
+    advantage[: round(len(advantage) * s.dims.get("idle", 0.0))] = 0
+    return Batch(hidden, weight, target, rows, old, advantage, rows // RUN)
 
 
 @case(
     "linear_policy_loss",
-    shapes=loss_shapes() | frozen(("smollm2-135m-2048-35pct", "qwen3-1.7b-256-35pct")),
+    shapes=loss_shapes()
+    | frozen(("smollm2-135m-2048-35pct", "qwen3-1.7b-256-35pct"))
+    | idle(("smollm2-135m-2048-35pct", "qwen3-8b-4096-35pct", "qwen2.5-32b-32768-35pct"), 0.4),
     smoke=(SMOKE,),
     **LOSS_CASE,
 )

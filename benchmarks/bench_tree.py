@@ -323,6 +323,7 @@ LARGE = {"heads": (32, 8), "dim": 128, "on": "cuda"}
     },
     dtypes=(torch.float32, torch.bfloat16),
     nightly=("8x20-2180k",),
+    first=("8x6-350k", "16x1-98k"),
 )
 def tree_attention(s: Setup) -> Case:
     """Attention of packed rows to themselves and the rows above them; lengths are of repeated tokens."""

@@ -69,6 +69,12 @@ def frozen(names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     return {f"{name}-frozen": loss_shapes()[name] | {"frozen": True} for name in names}
 
 
+def idle(names: tuple[str, ...], share: float) -> dict[str, dict[str, Any]]:
+    """Shapes in which this share of the sequences has an advantage of zero, as groups of equal rewards give: rows
+    without a gradient, which a method may leave out of its backward."""
+    return {f"{name}-zero{round(100 * share)}": loss_shapes()[name] | {"idle": share} for name in names}
+
+
 def gemm_flops(s: Setup, rows: int) -> float:
     flops = 2.0 * rows * s.D * s.V
     if s.device.type == "cpu" and flops > CPU_LIMIT:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +16,14 @@ import torch
 pytest.importorskip("megatron.core")
 sys.path.insert(0, str(Path(__file__).parent / "dist"))
 
+import megatron.core  # noqa: E402
 from learner_models import write_model  # noqa: E402
 
 import m2kernels as mk  # noqa: E402
 from m2train.config import ConfigError, parse  # noqa: E402
-from m2train.learner.attention import packed_rows  # noqa: E402
+from m2train.learner import spec  # noqa: E402
+from m2train.learner.attention import ThdCoreAttention, packed_rows  # noqa: E402
+from m2train.learner.hf import layer_entries  # noqa: E402
 from m2train.learner.hf_config import read_hf_config  # noqa: E402
 from m2train.learner.model import PolicyModel, check_megatron_keys, takes_output_processor, transformer_config  # noqa: E402
 from m2train.learner.schedule import learning_rate  # noqa: E402
@@ -124,6 +129,38 @@ def test_llama3_rope_is_that_of_transformers(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", "llama")
     want = LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder)).inv_freq
     torch.testing.assert_close(read_hf_config(folder).rope.inverse_frequencies(16), want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("packing", ["tree", "auto", "varlen", "none"])
+def test_transformer_engine_layers(packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its spec is asked for as the installed Megatron offers it; core attention is ours where there may be trees."""
+    real = inspect.signature(spec.get_gpt_layer_with_transformer_engine_spec)
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        asked = real.bind(*args, **kwargs).arguments
+        assert asked == {"qk_layernorm": True}
+        attention = SimpleNamespace(submodules=SimpleNamespace(core_attention="theirs"))
+        return SimpleNamespace(submodules=SimpleNamespace(self_attention=attention))
+
+    monkeypatch.setattr(spec, "use_transformer_engine", lambda: True)
+    monkeypatch.setattr(spec, "get_gpt_layer_with_transformer_engine_spec", stand_in)
+    config: Any = SimpleNamespace(qk_layernorm=True)
+    core = spec.layer_spec(config, packing).submodules.self_attention.submodules.core_attention
+    assert core is ThdCoreAttention if packing in ("tree", "auto") else core == "theirs"
+
+
+def test_names_of_fused_norms_are_those_of_the_installed_megatron(tmp_path: Path) -> None:
+    """Transformer Engine keeps a norm's weight in the linear layer behind it; Megatron lists the names to convert."""
+    text = (Path(megatron.core.__file__).parent / "post_training/modelopt/gpt/state_dict_hooks.py").read_text()
+    names = {
+        norm: fused
+        for fused, norm in re.findall(r'\("([\w.]*layer_norm_weight)",\s*"([\w.]*layernorm.weight)"\)', text)
+    }
+    model = read(tmp_path)
+    plain, fused = ([e.parameter for e in layer_entries(model, 1, 0, fused)] for fused in (False, True))
+    here = "decoder.layers.0."
+    assert fused == [here + names.get(name.removeprefix(here), name.removeprefix(here)) for name in plain]
+    assert sum(a != b for a, b in zip(plain, fused, strict=True)) == 2
 
 
 def test_hooks_in_installed_megatron() -> None:
