@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import shutil
 import signal
@@ -21,9 +22,15 @@ def on_cpu() -> bool:
 
 
 def visible_gpus() -> list[str]:
-    """Names of the GPUs that a child may be given: those of CUDA_VISIBLE_DEVICES, else all (no torch import)."""
-    listed = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return listed or [p.name.removeprefix("nvidia") for p in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+    """Names of the GPUs that a child may be given (no torch import).
+
+    Those of CUDA_VISIBLE_DEVICES, read as CUDA does: empty is none, and -1 ends the list. All if it is not set.
+    """
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return [p.name.removeprefix("nvidia") for p in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+    names = [name.strip() for name in listed.split(",")]
+    return [name for name in itertools.takewhile(lambda name: name != "-1", names) if name]
 
 
 def free_port(host: str = LOOPBACK) -> int:

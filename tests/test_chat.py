@@ -138,12 +138,75 @@ def test_thinking_is_cut_at_its_token(tmp_path: Path) -> None:
     assert chat.text(chat.visible([*think, *answer, 2])) == "Rest and drink."
 
 
+def opens_thinking(opener: str, past: str = "") -> str:
+    """ChatML whose generation prompt ends with `opener`, and whose past replies begin with `past`."""
+    start, content = "'<|im_start|>' + message['role'] + '\n' + ", "message['content']"
+    assert start + content in CHATML
+    shown = f"('{past}' if message['role'] == 'assistant' else '') + "
+    return CHATML.replace(start + content, start + shown + content).replace(
+        "assistant\n' }}{% endif %}", f"assistant\n{opener}' }}}}{{% endif %}}"
+    )
+
+
 def test_template_that_opens_thinking_itself(tmp_path: Path) -> None:
-    template = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
-    chat = ChatTemplate(make(tmp_path, template), thinking=True)
+    chat = ChatTemplate(make(tmp_path, opens_thinking("<think>\n")), thinking=True)
     answer = chat._text("Yes.", False)
     assert chat.visible(answer) == []
     assert chat.visible([4, *answer]) == answer
+
+
+@pytest.mark.parametrize(
+    ("opener", "past", "block"),
+    [
+        ("<think>\n", "", "<think>\n\n</think>\n\n"),
+        ("<think>\n", "<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),
+        ("<think>\n", "<think>\n</think>\n", "<think>\n</think>\n"),
+        ("<think>\n", "<think></think>", "<think>\n\n</think>"),
+        ("<think>", "</think>", "<think></think>"),
+        ("<think>", "", "<think></think>"),
+    ],
+    ids=[
+        "no block in history",
+        "an empty block",
+        "a block of one line",
+        "an empty block in other words",
+        "only its end",
+        "no line end",
+    ],
+)
+def test_no_reply_stays_in_a_thinking_block(tmp_path: Path, opener: str, past: str, block: str) -> None:
+    """History is the template's, but for the block that the prompt opened: it is there and closed."""
+    transformers = pytest.importorskip("transformers")
+    chat = ChatTemplate(make(tmp_path, opens_thinking(opener, past)), thinking=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = tokenizer.apply_chat_template(messages(), add_generation_prompt=True, tokenize=False)
+    for reply in REPLIES:
+        text = text.replace(f"assistant\n{past}{reply}", f"assistant\n{block}{reply}")
+    ids = [*chat.open(SYSTEM), *chat.patient(USERS[0])]
+    for reply, user in zip(REPLIES, USERS[1:], strict=True):
+        thoughts = chat._pieces("let me see\n</think>\n\n")
+        ids += chat.close(chat.visible([*thoughts, *chat._text(reply, False), 2])) + chat.patient(user)
+    assert ids == tokenizer.encode(text, add_special_tokens=False)
+    assert ids.count(4) == len(REPLIES) and ids.count(3) == len(REPLIES) + 1, "all closed but the next reply's"
+    assert chat.prompt_stays == (past == block)
+    assert chat.close(chat.visible(chat._pieces("cut while think"))) == chat._pieces(
+        block.removeprefix(opener) + "<|im_end|>\n"
+    )
+
+
+def test_a_closed_block_has_tokens_that_the_tokenizer_makes(tmp_path: Path) -> None:
+    """Where two line ends are one token (Qwen), "<think>\\n" + "\\n</think>" would be two that no model has seen."""
+    folder = make(tmp_path, opens_thinking("<think>\n"))
+    path = folder / "tokenizer.json"
+    parts = json.loads(path.read_text())
+    line = "\u010a"  # the byte character of a line end
+    parts["model"]["vocab"][line * 2] = 400
+    parts["model"]["merges"].append([line, line])
+    path.write_text(json.dumps(parts))
+    chat = ChatTemplate(folder, thinking=True)
+    ids = [*chat.patient("Hello"), *chat.close(chat._text("Yes.", False))]
+    begin = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n<think>\n</think>\n\n"
+    assert 400 in ids and ids == chat._pieces(begin) + chat._pieces("Yes.<|im_end|>\n")
 
 
 def test_close_adds_one_end_of_turn(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from m2train.config import ConfigError
 from m2train.host import free_port
 from m2train.records import Generation
 from m2train.rollout import engine
+from m2train.rollout.client import EngineLost
 from m2train.rollout.engine import EngineError, EnginePool
-from m2train.rollout.server import ServerProcess, to_flags
+from m2train.rollout.server import ServerProcess, ServerSpec, to_flags
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.timeout(280)  # a server start takes 20 s on 2 idle cores, 100 s on busy ones
@@ -68,17 +69,17 @@ def test_stop_ids_end_a_reply_and_are_part_of_it(pool: EnginePool, run_async: An
 
 def test_more_prompt_tokens_than_a_step_takes(pool: EnginePool, run_async: Any) -> None:
     """A seeded prompt that is split over two steps would kill a CPU engine (chunked prefill must be off)."""
-    restarts = pool.restarts
+    restarts = pool.restarts_total
     prompts = [[20 + (i * k) % 270 for k in range(300)] for i in range(16)]
     outs = run_async(gather(*(sample(pool, prompt) for prompt in prompts)))
-    assert len(outs) == 16 and pool.restarts == restarts
+    assert len(outs) == 16 and pool.restarts_total == restarts
 
 
 def test_refused_request_is_not_retried(pool: EnginePool, run_async: Any) -> None:
-    before = pool.restarts
+    before = pool.restarts_total
     with pytest.raises(EngineError, match=r"HTTP 400"):
         run_async(sample(pool, prompt=[5] * 600))
-    assert pool.restarts == before
+    assert pool.restarts_total == before
 
 
 def test_kill_in_the_middle_of_a_batch(pool: EnginePool, run_async: Any, tiny_model: Path) -> None:
@@ -95,9 +96,9 @@ def test_kill_in_the_middle_of_a_batch(pool: EnginePool, run_async: Any, tiny_mo
         os.kill(api_server(leader), signal.SIGKILL)
         return whole, list(await asyncio.gather(*tasks))
 
-    restarts = pool.restarts
+    restarts = pool.restarts_total
     whole, survived = run_async(scenario())
-    assert pool.restarts == restarts + 1
+    assert pool.restarts_total == restarts + 1
     assert [g.token_ids for g in survived] == [g.token_ids for g in whole], "same seeds, same tokens"
     assert {s.version for g in survived for s in g.weight_versions} == {"before-kill"}
     assert session_members(leader) == []
@@ -345,6 +346,23 @@ def fake_server(missing: str = "", versions: Any = _SPANS) -> Iterator[str]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_death_while_starting_may_be_cured_by_a_restart(
+    run_async: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`EngineLost`, where a server that is only slow is an `EngineError`."""
+    spec = ServerSpec(model=tmp_path, log=tmp_path / "log", max_model_len=8, max_num_seqs=1, kv_bytes_per_token=1)
+    for command, kind, word in (
+        ("raise MemoryError('no room')", EngineLost, "ended while starting: MemoryError: no room"),
+        ("import time; time.sleep(600)", EngineError, "was not ready in time"),
+    ):
+        line = [sys.executable, "-S", "-c", command]
+        monkeypatch.setattr("m2train.rollout.server.server_command", lambda *_, line=line: line)
+        wait_s = 20.0 if kind is EngineLost else 0.5
+        with pytest.raises(EngineError, match=word) as caught:
+            run_async(ServerProcess.start(spec, time.monotonic() + wait_s, 1.0))
+        assert type(caught.value) is kind
 
 
 def test_cause_is_the_innermost_error(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""No token of other weights is trained: a restarted engine, and an engine that someone else updates."""
+"""Engines that die, against fakes: restarts are counted and logged, and no token of other weights is trained."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from conftest import tiny_recipe
 from m2train.errors import RunError
 from m2train.records import Generation, VersionSpan
 from m2train.rollout import engine
-from m2train.rollout.client import EngineLost
+from m2train.rollout.client import EngineError, EngineLost
 from m2train.rollout.engine import EnginePool
 from m2train.rollout.journal import Journal
 from m2train.rollout.sampler import Sampler
@@ -101,6 +102,68 @@ def test_no_request_reaches_a_restarted_engine_before_its_weights(
     monkeypatch.setattr(engine, "FileSync", FakeSync)
     outs = asyncio.run(scenario())
     assert [out.weight_versions[0].version for out in outs] == ["step-3", "step-3"]
+
+
+@pytest.fixture
+def mortal_pool(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path) -> Iterator[EnginePool]:
+    """A pool of one engine that has just died, and dies twice more: before it answers, and while it is checked."""
+    servers: list[FakeServer] = []
+
+    async def start(*_: Any) -> FakeServer:
+        servers.append(FakeServer())
+        if len(servers) == 2:
+            raise EngineLost("the vLLM server ended while starting: out of memory")
+        return servers[-1]
+
+    async def check(server: FakeServer) -> None:
+        if len(servers) == 3:
+            server.alive = False
+            raise EngineLost("connection reset")
+
+    monkeypatch.setattr(engine.ServerProcess, "start", start)
+    monkeypatch.setattr(engine, "EngineClient", lambda *_: servers[-1])
+    monkeypatch.setattr(engine, "FileSync", FakeSync)
+    monkeypatch.setattr(FakeServer, "check", check)
+    pool = EnginePool(tiny_recipe(weight_transfer="file"), tiny_model, tmp_path)
+    asyncio.run(pool.start())
+    servers[0].alive = False
+    yield pool
+
+
+def generate(pool: EnginePool) -> Generation:
+    return asyncio.run(pool.generate([1], max_tokens=1, temperature=1.0, seed=0))
+
+
+def test_an_engine_that_dies_again_while_it_starts_is_started_again(
+    mortal_pool: EnginePool, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert mortal_pool.restarts_total == 0
+    assert generate(mortal_pool).token_ids == [1]
+    assert mortal_pool.restarts_total == 3
+    assert [record.getMessage() for record in caplog.records if record.name == engine.__name__] == [
+        "engine 0 died: restart 1 of 3; cause: killed",
+        "engine 0 died: restart 2 of 3; cause: the vLLM server ended while starting: out of memory",
+        "engine 0 died: restart 3 of 3; cause: killed",
+    ]
+
+
+def test_deaths_while_starting_use_up_the_restarts(mortal_pool: EnginePool) -> None:
+    rollout = mortal_pool._recipe.rollout.model_copy(update={"max_restarts": 1})
+    mortal_pool._recipe = mortal_pool._recipe.model_copy(update={"rollout": rollout})
+    with pytest.raises(EngineError, match=r"engine 0 died after 1 restarts .*last cause: .* out of memory"):
+        generate(mortal_pool)
+    assert mortal_pool.restarts_total == 1
+
+
+def test_a_closing_pool_starts_nothing(mortal_pool: EnginePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def start(*_: Any) -> FakeServer:
+        mortal_pool._closing = True  # while the engine was starting
+        raise EngineLost("ended by close()")
+
+    monkeypatch.setattr(engine.ServerProcess, "start", start)
+    with pytest.raises(EngineLost, match=r"ended by close\(\)"):
+        generate(mortal_pool)
+    assert mortal_pool.restarts_total == 1
 
 
 def test_tokens_of_other_weights_end_the_run(tmp_path: Path) -> None:

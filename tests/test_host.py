@@ -1,4 +1,4 @@
-"""Processes end with those that they belong to."""
+"""Processes end with those that they belong to; the GPUs that a child may be given."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
+
+from m2train.host import visible_gpus
 
 PARENT = """
 import multiprocessing, sys, time
@@ -37,3 +41,19 @@ def test_a_fork_dies_with_its_killed_parent() -> None:
     while alive(child) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(child)
+
+
+@pytest.mark.parametrize(
+    ("listed", "wanted"),
+    [("", []), ("-1", []), ("2, 5", ["2", "5"]), ("0,-1,1", ["0"]), ("GPU-8f,", ["GPU-8f"]), (None, ["0", "7"])],
+)
+def test_gpus_are_those_that_cuda_would_see(
+    monkeypatch: pytest.MonkeyPatch, listed: str | None, wanted: list[str]
+) -> None:
+    """Two devices in /dev count only if CUDA_VISIBLE_DEVICES is not set."""
+    monkeypatch.setattr(Path, "glob", lambda *_: [Path("/dev/nvidia0"), Path("/dev/nvidia7")])
+    if listed is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    assert visible_gpus() == wanted

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import subprocess
+import sys
+import threading
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from m2train.host import free_port
 from m2train.rollout import engine
 from m2train.rollout.client import EngineError, EngineLost
 from m2train.rollout.engine import EnginePool
-from m2train.sync import weight_transfer_flags
+from m2train.sync import nccl, weight_transfer_flags
 from m2train.sync.base import SyncError
 from m2train.sync.nccl import FanOutClient, NcclSync, SafetensorsSource
 
@@ -27,7 +30,7 @@ class FakeServers(FanOutClient):
 
     def __init__(self, *, cached: bool = False) -> None:
         self.urls = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
-        self.version = ""
+        self.version = self.refusal = ""
         self.log: list[tuple[str, list[Any]]] = []
         self._cached = cached
 
@@ -42,6 +45,13 @@ class FakeServers(FanOutClient):
 
     def close(self) -> None:
         pass
+
+
+def sync_with(servers: FanOutClient) -> NcclSync:
+    sync = NcclSync(["http://127.0.0.1:1"], timeout_s=20.0, device="cpu")
+    sync._group.client.close()
+    sync._group.client = servers
+    return sync
 
 
 def test_installed_vllm_has_the_interface_that_we_call() -> None:
@@ -86,9 +96,7 @@ def test_vllms_trainer_drives_our_client(tiny_model: Path, monkeypatch: pytest.M
         lambda iterator, **_: sent.extend(name for name, _ in iterator),
     )
     servers = FakeServers()
-    sync = NcclSync(["http://127.0.0.1:1"], device="cpu")
-    sync.client.close()
-    sync.client = servers
+    sync = sync_with(servers)
     times = asyncio.run(sync.publish(tiny_model / "model.safetensors", "step-1"))
     assert set(times) == {"transfer_s", "load_s", "total_s"}
     assert opened[0].world_size == 4 and opened[0].master_address
@@ -104,6 +112,104 @@ def test_vllms_trainer_drives_our_client(tiny_model: Path, monkeypatch: pytest.M
     assert said["finish_weight_update"] == [{"weight_version": "step-1"}] * 2
     asyncio.run(sync.publish(tiny_model / "model.safetensors", "step-2"))
     assert len(opened) == 1, "the group is formed once"
+
+
+class FakeTrainer:
+    """In the place of vLLM's trainer-side engine."""
+
+    def __init__(self, client: FanOutClient) -> None:
+        self.client, self.left = client, False
+
+    def send_weights(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        self.left = True
+
+
+def test_a_group_that_could_not_be_formed_is_formed_by_the_next_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[FakeTrainer] = []
+
+    def connect(group: Any, source: SafetensorsSource) -> FakeTrainer:
+        made.append(FakeTrainer(group.client))
+        if len(made) == 1:
+            raise EngineLost("no rendezvous")
+        return made[-1]
+
+    monkeypatch.setattr(nccl._Group, "_connect", connect)
+    sync = sync_with(FakeServers())
+    with pytest.raises(EngineLost, match="no rendezvous"):
+        asyncio.run(sync.publish(Path("w"), "v1"))
+    asyncio.run(sync.publish(Path("w"), "v2"))
+    asyncio.run(sync.publish(Path("w"), "v3"))
+    assert len(made) == 2
+
+
+def test_an_update_that_hangs_is_given_up_with_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server refuses the broadcast, and NCCL waits for it for ever; the next update has a group of its own."""
+    hang, returned, made = threading.Event(), threading.Event(), []
+
+    class Hanging(FakeTrainer):
+        def send_weights(self) -> None:
+            if len(made) > 1:
+                return
+            self.client.refusal = "HTTP 400: no"
+            hang.wait(60)
+
+        def shutdown(self) -> None:
+            super().shutdown()
+            returned.set()
+
+    def connect(group: Any, source: SafetensorsSource) -> Hanging:
+        made.append(Hanging(group.client))
+        return made[-1]
+
+    monkeypatch.setattr(nccl._Group, "_connect", connect)
+    monkeypatch.setattr(nccl, "FanOutClient", lambda *_: FakeServers())
+    sync = NcclSync(["http://a:1"], timeout_s=0.2)
+    with pytest.raises(
+        EngineLost,
+        match=r"^http://a:1: the update to 'v1' over NCCL was not over in 0.2 s \(HTTP 400: no\).*timeout_s$",
+    ):
+        asyncio.run(asyncio.wait_for(sync.publish(Path("w"), "v1"), 20))
+    first = sync._group
+    asyncio.run(sync.publish(Path("w"), "v2"))
+    assert len(made) == 2 and made[1].client is first.client is not made[0].client
+    assert not made[0].left, "its thread is inside"
+    hang.set()
+    assert returned.wait(20) and made[0].left and not made[1].left, "the thread that comes back leaves its own group"
+    assert [name for name, _ in made[1].client.log] == ["weight_info"], "and says nothing to the servers of the next"
+
+
+HANGING = """
+import asyncio, socket, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from m2train.rollout.client import EngineLost
+from m2train.sync import nccl
+
+silent = socket.create_server(("127.0.0.1", 0))  # takes connections, answers nothing
+url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+
+class Trainer:  # as vLLM's: the call to the servers in an executor's thread, the broadcast in the caller's
+    def send_weights(self):
+        ThreadPoolExecutor(1).submit(client.update_weights, {})
+        time.sleep(600)
+
+nccl._Group._connect = lambda *_: Trainer()
+sync = nccl.NcclSync([url], timeout_s=600)
+client = sync._group.client
+sync._timeout_s = 1.0  # the servers' answers are waited for longer
+try:
+    asyncio.run(sync.publish(Path("w"), "v"))
+except EngineLost:
+    print("given up", flush=True)
+"""
+
+
+def test_the_end_of_the_process_does_not_wait_for_a_hanging_update() -> None:
+    done = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "given up\n" and done.stderr == ""
 
 
 def test_stuck_prefix_cache_is_an_error() -> None:

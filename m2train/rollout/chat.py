@@ -8,7 +8,7 @@ the tokens that were sampled, and message text never becomes control tokens, wha
 For byte-level BPE the stream equals the template applied to the whole dialogue unless a message starts or ends with
 white space. One deliberate difference: a generation prompt stays in the stream as the model saw it, so where a
 template adds an empty thinking block for the reply and drops it from history (Qwen3 with thinking off), history
-keeps it.
+keeps it. A block that the generation prompt opens stays too: closed, without the thoughts that were in it.
 """
 
 from __future__ import annotations
@@ -85,8 +85,11 @@ class ChatTemplate:
         return [] if self._opens_thinking or self._think_open in ids else ids
 
     def close(self, visible_ids: Sequence[int]) -> list[int]:
-        """A finished reply as it stands in later history: exactly one end of turn, sampled or not."""
-        return [*self._without_end(visible_ids), *self._end_reply_ids]
+        """A finished reply as it stands in later history: exactly one end of turn, sampled or not.
+
+        If the generation prompt has opened a thinking block, the block's end comes first.
+        """
+        return [*self._close_thinking_ids, *self._without_end(visible_ids), *self._end_reply_ids]
 
     def text(self, ids: Sequence[int]) -> str:
         """Visible text for people and graders."""
@@ -150,17 +153,35 @@ class ChatTemplate:
         history = whole[
             whole.index(_USER1) + len(_USER1) : whole.index(_REPLY1)
         ]  # user end + reply header in history
-        self.prompt_stays = history == self._prompt
+        closing = self._close_thinking(history)
+        self._close_thinking_ids = self._pieces(closing)
+        self.prompt_stays = history == self._prompt + closing
         """Whether the template shows earlier replies exactly as they were prompted."""
         if not self.prompt_stays:
             before, _, last = whole.rpartition(_USER1)
-            whole = before.replace(history, self._prompt) + _USER1 + last
+            whole = before.replace(history, self._prompt + closing) + _USER1 + last
         begin = whole.split(_SYSTEM)[0]
         ours = begin + _SYSTEM + self._end_system
         for user, reply in ((_USER1, _REPLY1), (_USER2, _REPLY2)):
-            ours += self._header + user + self._prompt + reply + self._end_reply
+            ours += self._header + user + self._prompt + closing + reply + self._end_reply
         ours += self._header + _USER1 + self._prompt
         self._require(ours == whole, "its turns depend on other turns")
+
+    def _close_thinking(self, history: str) -> str:
+        """What ends, before a past reply, the thinking block that the prompt opens; empty if it opens none.
+
+        As the template ends it between a user's text and a past reply (`history`), if it shows a block there.
+        """
+        if not self._opens_thinking or self._think_close is None:
+            return ""
+        gap = "\n" if "\n" in self._prompt.rpartition("<think>")[2] else ""
+        _, shown, after = history.rpartition("</think>")
+        closing = f"{gap}</think>{after if shown else 2 * gap}"
+        if history.startswith(self._prompt) and shown:
+            closing = history.removeprefix(self._prompt)
+        if self._pieces(self._prompt + closing) != self._prompt_ids + self._pieces(closing):
+            return closing.lstrip()  # Qwen's "\n\n" is one token: two of "\n" before </think> no model has seen
+        return closing
 
     def _find_stop_ids(self) -> tuple[int, ...]:
         ids = {token for token in self._end_reply_ids[:1] if token in self._special}

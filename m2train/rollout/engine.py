@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import zlib
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from m2train.sync import FileSync, WeightSync
 
 __all__ = ["EngineError", "EngineLost", "EnginePool"]
 
+log = logging.getLogger(__name__)
 _BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -36,6 +38,7 @@ class _Slot:
         self.life = 0
         """Counts starts: a request that failed in an earlier life need not start the engine again."""
         self.in_flight = 0
+        self.restarts = 0
 
     def ready(self) -> EngineClient:
         if self.client is None:
@@ -74,8 +77,6 @@ class EnginePool:
         self._transfer = weight_transfer(recipe)
         self._fan_out: WeightSync | None = None
         """All engines as one NCCL group: made by an update, unmade when an engine leaves it by dying."""
-        self.restarts = 0
-        """Engines started again so far, over the whole pool."""
         if recipe.rollout.urls:
             self._slots = [_Slot(i, None, url) for i, url in enumerate(recipe.rollout.urls)]
         else:
@@ -86,6 +87,11 @@ class EnginePool:
     def version(self) -> str:
         """Version of the weights that every engine holds."""
         return self._version
+
+    @property
+    def restarts_total(self) -> int:
+        """How often a dead engine was started again so far, over the whole pool; each time is a logged warning."""
+        return sum(slot.restarts for slot in self._slots)
 
     @property
     def urls(self) -> list[str]:
@@ -311,14 +317,28 @@ class EnginePool:
         await asyncio.sleep(_BACKOFF_S[attempt])  # not under the lock: many requests wait side by side
 
     async def _restart(self, slot: _Slot, err: EngineLost) -> None:
-        cause = "" if slot.process is None else slot.process.cause()
-        await self._shut(slot, grace=False)
-        if self.restarts >= self._recipe.rollout.max_restarts:
-            raise EngineError(
-                f"engine {slot.index} died after {self.restarts} restarts (rollout.max_restarts); last cause: {cause}"
-            ) from err
-        self.restarts += 1
-        await self._open(slot)
+        """Start a dead engine again; one that dies while it starts too, as long as there are restarts left.
+
+        Raises:
+            EngineError: no restarts left, or an engine that starts and does not fit the run.
+        """
+        limit = self._recipe.rollout.max_restarts
+        while not self._closing:
+            cause = str(err) if slot.process is None else slot.process.cause()
+            await self._shut(slot, grace=False)
+            if self.restarts_total >= limit:
+                raise EngineError(
+                    f"engine {slot.index} died after {self.restarts_total} restarts (rollout.max_restarts); "
+                    f"last cause: {cause}"
+                ) from err
+            slot.restarts += 1
+            log.warning("engine %d died: restart %d of %d; cause: %s", slot.index, self.restarts_total, limit, cause)
+            try:
+                await self._open(slot)
+                return
+            except EngineLost as again:
+                err = again
+        raise err
 
     async def _transient(self, slot: _Slot) -> bool:
         """Whether a lost request's engine is fine: its process runs and its engine core answers."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from m2train.config import ConfigError
 from m2train.host import LOOPBACK, free_port, on_cpu
-from m2train.rollout.client import EngineClient, EngineError
+from m2train.rollout.client import EngineClient, EngineError, EngineLost
 from m2train.sync import weight_transfer_flags
 from m2train.sync.base import SUPERVISED
 
@@ -165,7 +165,8 @@ class ServerProcess:
         """Start a server and wait until it answers.
 
         Raises:
-            EngineError: it died (the log's cause), or was not ready in time; nothing of it is left.
+            EngineLost: it died (the log's cause); nothing of it is left.
+            EngineError: it was not ready in time; nothing of it is left.
         """
         for attempt in range(_PORT_TRIES):
             server = cls(spec, free_port())
@@ -194,7 +195,7 @@ class ServerProcess:
         try:
             while not await client.healthy():
                 if not self.alive:
-                    raise EngineError(f"the vLLM server ended while starting: {self.cause()}")
+                    raise EngineLost(f"the vLLM server ended while starting: {self.cause()}")
                 if time.monotonic() > deadline:
                     raise EngineError(
                         f"the vLLM server was not ready in time ({self.cause()}); raise rollout.start_timeout_s; "

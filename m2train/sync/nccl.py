@@ -13,16 +13,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from m2train.host import address_towards, free_port
 from m2train.rollout.client import EngineLost
 from m2train.sync.base import SyncError
+
+T = TypeVar("T")
+
+
+def _in_daemon(call: Callable[..., T], *args: Any) -> Future[T]:
+    """Run a call in a thread of its own that may hang: the end of the process waits for an executor's, not for it."""
+    outcome: Future[T] = Future()
+    outcome.set_running_or_notify_cancel()  # from here on a cancellation is refused, and the result has a place
+
+    def run() -> None:
+        try:
+            outcome.set_result(call(*args))
+        except BaseException as err:
+            outcome.set_exception(err)
+
+    threading.Thread(target=run, name="nccl-sync", daemon=True).start()
+    return outcome
 
 
 class FanOutClient:
@@ -35,7 +53,9 @@ class FanOutClient:
         self.version = ""
         """Name for the weights of the update in progress (vLLM's trainer does not pass one)."""
         self._http = httpx.Client(timeout=timeout_s, trust_env=False)
-        self._pool = ThreadPoolExecutor(max_workers=len(self.urls))
+        self.refusal = ""
+        """Why a server did not take a broadcast: NCCL waits for it all the same."""
+        self._closed: Future[None] = Future()
 
     def world_sizes(self) -> list[int]:
         """GPU workers of each server."""
@@ -56,7 +76,12 @@ class FanOutClient:
 
     def update_weights(self, update_info: Any) -> None:
         """Tell the workers what will be broadcast; returns when they have received it."""
-        self._each("POST", "/update_weights", [{"update_info": update_info}] * len(self.urls))
+        self.refusal = ""
+        try:
+            self._each("POST", "/update_weights", [{"update_info": update_info}] * len(self.urls))
+        except (EngineLost, SyncError) as err:
+            self.refusal = str(err)
+            raise
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Close the update under its name, drop keys and values of the old weights, go on generating."""
@@ -78,9 +103,10 @@ class FanOutClient:
         return [str(answer["weight_version"]) for answer in self._each("GET", "/weight_info")]
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections. A call that waits for an answer, in whatever thread, ends with `EngineLost`."""
+        if not self._closed.done():
+            self._closed.set_result(None)
         self._http.close()
-        self._pool.shutdown(wait=False)
 
     def _each(self, method: str, path: str, bodies: Sequence[Any] | None = None) -> list[dict[str, Any]]:
         import httpx
@@ -96,7 +122,15 @@ class FanOutClient:
                 raise SyncError(f"{url}{path}: HTTP {answer.status_code}: {answer.text[:300]}")
             return dict(answer.json())
 
-        return list(self._pool.map(one, self.urls, bodies or [None] * len(self.urls)))
+        if not self._closed.done():
+            pairs = zip(self.urls, bodies or [None] * len(self.urls), strict=True)
+            answers = [_in_daemon(one, *pair) for pair in pairs]
+            waiting: set[Future[Any]] = set(answers)
+            while waiting and not self._closed.done():
+                waiting -= wait({*waiting, self._closed}, return_when=FIRST_COMPLETED).done
+            if not waiting:
+                return [answer.result() for answer in answers]
+        raise EngineLost(f"{self.urls[0]}{path}: given up, the connections are closed")
 
 
 class SafetensorsSource:
@@ -122,42 +156,45 @@ class SafetensorsSource:
                 yield name, file.get_tensor(name).to(self._device)
 
 
-class NcclSync:
-    """Broadcasts weights from this process to all servers. The group is formed by the first `publish`.
+class _Group:
+    """One life of the NCCL group: formed by its first update, never used again after it was given up."""
 
-    Args:
-        urls: every server; all take part in every update. The group meets at the address by which the first one
-            sees this machine.
-        timeout_s: longest wait for one call.
-        device: of the tensors that are broadcast.
-    """
-
-    def __init__(
-        self,
-        urls: Sequence[str],
-        *,
-        timeout_s: float = 600.0,
-        device: str = "cuda",
-    ) -> None:
-        self.client = FanOutClient(urls, timeout_s)
+    def __init__(self, client: FanOutClient, device: str) -> None:
+        self.client = client
         self._device = device
         self._source: SafetensorsSource | None = None
         self._engine: Any = None
+        self._given_up = False
 
-    async def publish(self, source: Path, version: str) -> dict[str, float]:
-        """Broadcast the file's weights under a new name; `load_s` is inside `transfer_s`: vLLM overlaps the two.
+    def publish(self, source: Path, version: str) -> dict[str, float]:
+        """One update, in a thread; forms the group first."""
+        try:
+            return self._publish(source, version)
+        finally:
+            if self._given_up:  # the thread came back after all, and no other one uses the communicator
+                self._leave()
 
-        Raises:
-            EngineLost: a server could not be reached.
-            SyncError: a server refused, or does not report the new version.
-        """
-        return await asyncio.to_thread(self._publish, source, version)
+    def give_up(self) -> None:
+        """Free what waits for answers. The communicator is its thread's, which may hang in it: it is left alone."""
+        self._given_up = True
+        self.client.close()
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._leave()
+        self.client.close()
+
+    def _leave(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
 
     def _publish(self, source: Path, version: str) -> dict[str, float]:
         started = time.perf_counter()
         if self._source is None:
-            self._source = SafetensorsSource(source, self._device)
-            self._engine = self._connect(self._source)
+            first = SafetensorsSource(source, self._device)
+            self._engine = self._connect(first)
+            self._source = first  # last: a retry after a failure connects again
         self._source.path = source
         self.client.version = version
         try:
@@ -186,9 +223,59 @@ class NcclSync:
         factory: Callable[..., Any] = WeightTransferTrainerFactory.trainer_init
         return factory(info, client=self.client, source=source)
 
+
+class NcclSync:
+    """Broadcasts weights from this process to all servers. The group is formed by the first `publish`.
+
+    Args:
+        urls: every server; all take part in every update. The group meets at the address by which the first one
+            sees this machine.
+        timeout_s: longest wait for one update.
+        device: of the tensors that are broadcast.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        timeout_s: float = 600.0,
+        device: str = "cuda",
+    ) -> None:
+        self._urls = urls
+        self._timeout_s = timeout_s
+        self._device = device
+        self._group = self._new_group()
+
+    async def publish(self, source: Path, version: str) -> dict[str, float]:
+        """Broadcast the file's weights under a new name; `load_s` is inside `transfer_s`: vLLM overlaps the two.
+
+        An update that is not over in time, or is cancelled, is given up with its group; the next one forms another.
+
+        Raises:
+            EngineLost: a server could not be reached, or the update was not over in `timeout_s`.
+            SyncError: a server refused, or does not report the new version.
+        """
+        group, over, refusal = self._group, False, ""
+        update = asyncio.wrap_future(_in_daemon(group.publish, source, version))
+        try:
+            over = bool((await asyncio.wait({update}, timeout=self._timeout_s))[0])
+        finally:
+            if not over:
+                refusal = group.client.refusal  # before closing the connections looks like one
+                update.cancel()  # its thread cannot be: see _Group.give_up
+                group.give_up()
+                self._group = self._new_group()
+        if not over:
+            raise EngineLost(
+                f"{', '.join(self._urls)}: the update to {version!r} over NCCL was not over in {self._timeout_s:g} s "
+                f"({refusal or 'no server said why'}); see the servers' logs, or raise "
+                "rollout.request_timeout_s"
+            )
+        return update.result()
+
     def close(self) -> None:
         """Leave the group."""
-        if self._engine is not None:
-            self._engine.shutdown()
-            self._engine = None
-        self.client.close()
+        self._group.close()
+
+    def _new_group(self) -> _Group:
+        return _Group(FanOutClient(self._urls, self._timeout_s), self._device)
