@@ -61,7 +61,7 @@ def _run(
         raise ConfigError(f"--train-from {train_from} is the run directory itself; name another --run-dir")
     check(recipe, train_from=train_from, rollouts_only=rollouts_only)
     run_dir = RunDir(root)
-    run_dir.start(recipe, resume=resume, restart=restart)
+    run_dir.start(recipe, resume=resume, restart=restart, rollouts_only=rollouts_only, train_from=train_from)
 
     async def go(progress: Progress) -> None:
         async with open_run(recipe, run_dir, progress, rollouts_only=rollouts_only, train_from=train_from) as run:

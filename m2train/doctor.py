@@ -200,9 +200,7 @@ def _problems(recipe: Recipe) -> list[str]:
 
 
 def _machine_problems(recipe: Recipe) -> list[str]:
-    import torch
-
-    learner, rollout = recipe.learner, recipe.rollout
+    rollout = recipe.rollout
     problems = []
     if not _port_free():
         problems.append("no loopback port can be bound")
@@ -210,14 +208,6 @@ def _machine_problems(recipe: Recipe) -> list[str]:
     needed = 2 * rollout.concurrency + 256  # a socket on each side, and what Python and torch hold
     if files != resource.RLIM_INFINITY and files < needed:
         problems.append(f"rollout.concurrency = {rollout.concurrency} needs {needed} open files; ulimit -n: {files}")
-    ranks = learner.tp * learner.pp * learner.dp if learner.launch == "local" else 0
-    engines = 0 if rollout.urls else rollout.servers * rollout.tensor_parallel
-    devices = torch.cuda.device_count()
-    if devices and ranks + engines > devices:
-        problems.append(
-            f"{ranks} learner ranks (learner.tp x pp x dp) and {engines} engine GPUs (rollout.servers x "
-            f"tensor_parallel) on {devices} GPUs; lower one of them, or give rollout.urls"
-        )
     return problems
 
 

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-from m2train.config import ConfigError, Recipe
+from m2train.config import ConfigError, Recipe, load
 from m2train.host import on_cpu, visible_gpus
 from m2train.models import model_shape, resolve_model, weights_size
 from m2train.rollout.chat import ChatTemplate
@@ -56,12 +56,14 @@ def faults(recipe: Recipe, *, train_from: Path | None = None, rollouts_only: boo
 def _checks(recipe: Recipe, train_from: Path | None, rollouts_only: bool) -> Iterator[Callable[[], None]]:
     if train_from is not None:
         yield partial(_check_source, train_from, recipe.steps)
+        yield partial(_check_same_policy, train_from, recipe)
     yield partial(_check_verifier, recipe)
     yield partial(check_options, recipe.vllm)
     if train_from is None:
         yield partial(_check_engines, recipe)
     if not rollouts_only:
         yield partial(_check_learner, recipe)
+        yield partial(_check_gpus, recipe, engines=train_from is None)
     yield partial(_check_megatron_keys, recipe)
     yield partial(_check_model, recipe, rollouts_only)
 
@@ -75,6 +77,31 @@ def _check_source(source: Path, steps: int) -> None:
             f"{source} holds rollouts of {have} consecutive steps, but steps = {steps}; lower steps, or "
             "make more with --rollouts-only"
         )
+
+
+def _check_same_policy(source: Path, recipe: Recipe) -> None:
+    """Rollouts that another model made, or another distribution, would be trained on as if this one had."""
+    path = source / "config.toml"
+    if not path.exists():
+        return
+    made = load(path)
+    pairs: dict[str, tuple[object, object]] = {
+        "rollout.temperature": (made.rollout.temperature, recipe.rollout.temperature),
+        "rollout.top_p": (made.rollout.top_p, recipe.rollout.top_p),
+        "algo.max_new_tokens": (made.algo.max_new_tokens, recipe.algo.max_new_tokens),
+    }
+    if _place(made.model.path) != _place(recipe.model.path):
+        pairs["model.path"] = (made.model.path, recipe.model.path)
+    differ = [f"{key} = {old!r} there and {new!r} here" for key, (old, new) in pairs.items() if old != new]
+    if differ:
+        raise ConfigError(
+            f"the rollouts of --train-from {source} were made by another policy ({path}): {', '.join(differ)}; set "
+            "the recipe to the values there, or make rollouts with this one"
+        )
+
+
+def _place(model: str) -> Path:
+    return Path(model).expanduser().resolve()
 
 
 def _check_verifier(recipe: Recipe) -> None:
@@ -112,18 +139,26 @@ async def _check_urls(urls: Sequence[str]) -> None:
 
 
 def _check_learner(recipe: Recipe) -> None:
-    learner = recipe.learner
-    if learner.launch != "local":
-        return
-    if not _installed("megatron.core"):
+    if recipe.learner.launch == "local" and not _installed("megatron.core"):
         raise ConfigError("megatron-core is not installed: pip install 'm2train[learner]'")
-    ranks, gpus = learner.tp * learner.pp * learner.dp, visible_gpus()
-    if not on_cpu() and ranks > len(gpus):
-        raise ConfigError(
-            f"learner.tp = {learner.tp} x learner.pp = {learner.pp} x learner.dp = {learner.dp} take {ranks} GPUs, "
-            f"but this machine shows {len(gpus)} ({', '.join(gpus) or 'none'}); lower one of them, or use "
-            "learner.launch = 'external'"
-        )
+
+
+def _check_gpus(recipe: Recipe, *, engines: bool) -> None:
+    """A rank and an engine never share a GPU."""
+    learner, rollout, gpus = recipe.learner, recipe.rollout, visible_gpus()
+    if on_cpu() or learner.launch != "local":
+        return
+    taken = learner.tp * learner.pp * learner.dp
+    takers = f"learner.tp = {learner.tp} x learner.pp = {learner.pp} x learner.dp = {learner.dp} take {taken} GPUs"
+    advice = "use fewer ranks, or learner.launch = 'external'"
+    served = rollout.servers * rollout.tensor_parallel if engines and not rollout.urls else 0
+    if 0 < served <= len(gpus):  # of more, `check_engines` speaks
+        taken += served
+        takers += f" and rollout.servers = {rollout.servers} x rollout.tensor_parallel = {rollout.tensor_parallel} "
+        takers += f"take {served} more"
+        advice = "use fewer ranks or engines, give rollout.urls, or use learner.launch = 'external'"
+    if taken > len(gpus):
+        raise ConfigError(f"{takers}, but this machine shows {len(gpus)} ({', '.join(gpus) or 'none'}); {advice}")
 
 
 def _check_model(recipe: Recipe, rollouts_only: bool) -> None:

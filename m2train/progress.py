@@ -94,10 +94,10 @@ class Progress:
             self._say(f"  {where}: {name}{count}, {seconds:.0f} s so far")
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """A step is finished, with this row; one without `reward/mean` was an evaluation alone."""
+        """A step is finished, with this row; one without `groups/count` was an evaluation alone."""
         now = self._clock()
         seconds, self._last = now - self._last, now
-        if row.get("reward/mean") is None:
+        if "groups/count" not in row:  # no reward either, but that may be for want of replies
             held = _number(row.get("heldout/reward"))
             self._say(f"evaluation: held-out reward {held}, {_seconds(seconds)}")
             return
@@ -129,10 +129,12 @@ class Progress:
         width = len(str(self._steps))
         parts = [
             f"step {self._done:>{width}}/{self._steps}",
-            f"reward {_number(row['reward/mean'])}",
+            f"reward {_number(row.get('reward/mean'))}",
         ]
         if row.get("heldout/reward") is not None:
             parts.append(f"held-out {_number(row['heldout/reward'])}")
+        if drops := _drops(row):
+            parts.append(drops)
         tokens = row.get("tokens/generated")
         if isinstance(tokens, int | float) and seconds > 0:
             parts.append(f"{tokens / seconds:,.0f} tok/s")
@@ -220,6 +222,12 @@ def _phase_times(row: Mapping[str, Any]) -> str:
     times = {k.removeprefix("time/"): v for k, v in row.items() if k.startswith("time/") and k not in TOTAL_KEYS}
     shown = [f"{name} {value:.1f}" for name, value in sorted(times.items(), key=lambda kv: -(kv[1] or 0)) if value]
     return f" ({', '.join(shown)})" if shown else ""
+
+
+def _drops(row: Mapping[str, Any]) -> str:
+    """Slices that the step lost, by cause; empty if none."""
+    counts = [(k.removeprefix("drops/"), v) for k, v in sorted(row.items()) if k.startswith("drops/") and v]
+    return f"dropped ({', '.join(f'{name} {_number(count)}' for name, count in counts)})" if counts else ""
 
 
 def _number(value: object) -> str:

@@ -52,6 +52,7 @@ class Run:
     exports: Path
     phases: Phases = field(default_factory=Phases)
     _published: int | None = None
+    _restarts: int = 0
     _sync_row: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -76,7 +77,7 @@ class Run:
             return
         path = self.exports / "weights.safetensors"
         export = await asyncio.to_thread(self.learner.export, path)
-        sync = await self.engines.update_weights(path, f"step-{step}")
+        sync = await self.engines.update_weights(path, self.dir.weight_version(step))
         self._sync_row |= {f"sync/{name}": seconds for name, seconds in (export | sync).items()}
         self._published = step
 
@@ -118,10 +119,22 @@ class Run:
         """Write the step's row of metrics, with the time of each phase, and show it."""
         if not row:
             return
-        full = {"step": step, **row, **self._sync_row, **self.phases.take()}
+        full = {"step": step, **row, **self._sync_row, **self._engine_row(), **self.phases.take()}
         self._sync_row = {}
         self.metrics.append(full)
         self.progress.step(full)
+
+    def _engine_row(self) -> dict[str, float]:
+        """Restarts of engines since this process began; a new one is told."""
+        if self.engines is None:
+            return {}
+        before, self._restarts = self._restarts, self.engines.restarts_total
+        if self._restarts > before:
+            self.progress.note(
+                f"  engine restarts: {self._restarts - before} in this step, {self._restarts} so far; "
+                f"see {self.dir.root / 'logs'}"
+            )
+        return {"engine/restarts": float(self._restarts)}
 
     def trusted(self, rollouts: StepRollouts, path: Path) -> StepRollouts:
         """Saved rollouts, if they come from the weights that this run has at that step.
@@ -129,7 +142,7 @@ class Run:
         Raises:
             ConfigError: they were sampled by others (a `--rollouts-only` run that is now to be trained).
         """
-        expected = f"step-{rollouts.step}"
+        expected = self.dir.weight_version(rollouts.step)
         if self.learner is not None and self.source is None and rollouts.weight_version != expected:
             raise ConfigError(
                 f"{path} was sampled by weights {rollouts.weight_version!r}; expected {expected!r}: use --train-from "

@@ -8,19 +8,40 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
 
 from m2train.config import ConfigError, Recipe, load
 from m2train.files import write_atomic
 from m2train.records import StepRollouts
 
+IDENTITY_FILE = "run.json"
 # Settings that a resumed run may change: how it is run, not what it computes.
 _MAY_CHANGE = re.compile(
     r"name$|steps$|mismatch_limit$|checkpoint\.|vllm\.|learner\.(tp|pp|dp|sequence_parallel|threads|launch|recompute|packing|"
     r"micro_batch|timeout_s|start_timeout_s)|rollout\.(urls|servers|tensor_parallel|threads|concurrency|\w*timeout_s|max_restarts)"
 ).match
+
+
+class Identity(BaseModel):
+    """What a run is besides its recipe: kept in `run.json` from its start on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    """Tells its weights from another run's on the same server; empty in a run from before there was an id."""
+    mode: Literal["train", "rollouts-only", "train-from"]
+    source: str = ""
+    """Of train-from: the run directory of the rollouts, resolved."""
+
+    @property
+    def told(self) -> str:
+        """The mode, as on the command line."""
+        return "a live run" if self.mode == "train" else f"--{self.mode} {self.source}".rstrip()
 
 
 class RunDir:
@@ -54,6 +75,26 @@ class RunDir:
         """The recipe this run was started with."""
         return self.root / "config.toml"
 
+    @property
+    def identity(self) -> Identity | None:
+        """Who this run is; None if no run was started here, or one from before this was kept.
+
+        Raises:
+            ConfigError: `run.json` is there and cannot be read.
+        """
+        path = self.root / IDENTITY_FILE
+        try:
+            return Identity.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as err:
+            raise ConfigError(f"{path} does not say what run this is ({err}); restore it, or use --restart") from err
+
+    def weight_version(self, step: int) -> str:
+        """The name of this run's weights before `step`, on any server."""
+        identity = self.identity
+        return f"{identity.id}-step-{step}" if identity is not None and identity.id else f"step-{step}"
+
     def rollouts(self, step: int) -> Path:
         """All that was sampled for `step`."""
         return rollout_file(self.root, step)
@@ -85,8 +126,9 @@ class RunDir:
         return not self.config.exists()
 
     def clear(self) -> None:
-        """Remove what an earlier run left here; its recipe last, so that a kill never leaves rollouts without it."""
-        for entry in sorted(self.root.iterdir(), key=lambda entry: (entry == self.config, entry.name)):
+        """Remove what an earlier run left here; what says so last: a kill never leaves rollouts without it."""
+        last = (self.config.name, IDENTITY_FILE)
+        for entry in sorted(self.root.iterdir(), key=lambda entry: (entry.name in last, entry.name)):
             if entry.name != "lock":
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         for name in ("rollouts", "eval", "checkpoints", "logs"):
@@ -125,21 +167,52 @@ class RunDir:
                 f"steps = {recipe.steps}, but {self.root} has a checkpoint of {done} steps; raise steps"
             )
 
-    def start(self, recipe: Recipe, *, resume: bool, restart: bool) -> None:
+    def _resumed(self, asked: Identity) -> Identity:
+        """The identity of the run that is here, if what was asked for goes on with it."""
+        kept = self.identity
+        if kept is None:  # from before it was kept: its weights have no id, and its mode is what it is resumed in
+            return asked.model_copy(update={"id": ""})
+        if (kept.mode, kept.source) != (asked.mode, asked.source):
+            raise ConfigError(
+                f"{self.root} was started as {kept.told}; --resume as {asked.told} would mix two runs: resume it as "
+                "it was started, or use another --run-dir"
+            )
+        return kept
+
+    def start(
+        self,
+        recipe: Recipe,
+        *,
+        resume: bool,
+        restart: bool,
+        rollouts_only: bool = False,
+        train_from: Path | None = None,
+    ) -> None:
         """Claim the folder for `recipe`.
 
         Raises:
             ConfigError: a run is already here and neither `resume` nor `restart` was asked for; or `resume` with a
-                recipe that changes what was trained so far.
+                recipe, or in a mode, that changes what was trained so far.
         """
         if restart:
             self.clear()
         if not self.is_empty() and not resume:
             raise ConfigError(f"{self.root} already holds a run; pass --resume to go on, or --restart to discard it")
+        identity = _identity(rollouts_only, train_from)
         if not self.is_empty():
             self._check_same(recipe)
+            identity = self._resumed(identity)
+        # Before the recipe: a kill between the two leaves a folder without a run.
+        write_atomic(self.root / IDENTITY_FILE, identity.model_dump_json(indent=1))
         write_atomic(self.config, recipe.to_toml())
         self.write_status("running")
+
+
+def _identity(rollouts_only: bool, train_from: Path | None) -> Identity:
+    new = secrets.token_hex(4)
+    if train_from is not None:
+        return Identity(id=new, mode="train-from", source=str(train_from.resolve()))
+    return Identity(id=new, mode="rollouts-only" if rollouts_only else "train")
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

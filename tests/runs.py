@@ -11,11 +11,14 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from m2train.config import Recipe
 from m2train.records import Dialogue, Generation, Group, Reply, StepRollouts, Turn, VersionSpan
-from m2train.rundir import rollout_file
+from m2train.run import Run
+from m2train.rundir import RunDir, rollout_file
 
 TAG = "M2TRAIN_TEST_TAG"
 
@@ -62,6 +65,12 @@ def write_rollouts(root: Path, *, steps: int, groups: int = 2, group_size: int =
         record = StepRollouts(step=step, weight_version=f"step-{step}", dialogues=[dialogue], groups=made)
         path.write_text(record.model_dump_json())
     return root
+
+
+def bare_run(run_dir: RunDir, **parts: Any) -> Run:
+    """A run of which only the named parts are there."""
+    needed = [f.name for f in fields(Run) if f.default is MISSING and f.default_factory is MISSING]
+    return Run(**dict.fromkeys(needed) | {"recipe": Recipe(), "dir": run_dir} | parts)
 
 
 class TaggedRun:
@@ -143,5 +152,8 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def without_times(row: Mapping[str, Any]) -> dict[str, float]:
     """The part of a row that must not depend on how fast the machine was."""
-    skip = ("time/", "sync/", "seconds", "_s", "per_s")
-    return {k: v for k, v in row.items() if isinstance(v, int | float) and not any(part in k for part in skip)}
+
+    def timed(key: str) -> bool:
+        return key.startswith(("time/", "sync/")) or key.endswith(("_s", "seconds"))
+
+    return {k: v for k, v in row.items() if isinstance(v, int | float) and not timed(k)}

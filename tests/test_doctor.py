@@ -11,9 +11,11 @@ import pytest
 
 import m2kernels as mk
 from m2train import doctor as doctor_module
+from m2train import preflight
 from m2train.config import parse
 from m2train.doctor import diagnose, missing_routes, render
 from m2train.host import free_port
+from m2train.rollout import engine
 
 
 def doctor(*args: str | Path) -> subprocess.CompletedProcess[str]:
@@ -72,6 +74,10 @@ def test_a_server_that_does_not_answer_and_too_few_files(monkeypatch: pytest.Mon
 
 
 def test_more_ranks_and_engines_than_gpus(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for module in (engine, preflight):
+        monkeypatch.setattr(module, "on_cpu", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     recipe = parse({"model": {"path": str(tiny_model)}, "learner": {"dp": 2}, "rollout": {"servers": 1}})
-    assert any("2 learner ranks" in line and "on 2 GPUs" in line for line in doctor_module._machine_problems(recipe))
+    problems = diagnose(recipe)["recipe"]["problems"]
+    found = [line for line in problems if "learner.dp = 2 take 2 GPUs and rollout.servers = 1" in line]
+    assert len(found) == 1 and "this machine shows 2 (0, 1)" in found[0] and "rollout.urls" in found[0]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import bare_run, without_times
 
 from m2train.metrics import MetricsWriter, read_metrics
 from m2train.phases import Phases
+from m2train.progress import Progress
+from m2train.rundir import RunDir
 
 
 class Clock:
@@ -134,6 +138,30 @@ def test_without_tensorboard_the_reason_is_logged(
         assert writer.tensorboard_reason is not None
     assert "no TensorBoard files" in caplog.text
     assert len(read_metrics(tmp_path)) == 1
+
+
+def test_what_is_compared_of_two_runs_leaves_out_times_alone() -> None:
+    """Names that merely hold `_s` were left out too."""
+    same = {"step": 1, "reward/group_std": 0.5, "policy/num_bad_seq": 2.0}
+    times = {"time/train": 1.0, "sync/total_s": 1.0, "learner/plan_wait_s": 1.0, "export_seconds": 1.0}
+    assert without_times(same | times) == same
+
+
+class Engines:
+    """A pool of which only the number of restarts is asked."""
+
+    restarts_total = 0
+
+
+def test_restarts_of_engines_are_in_every_row_and_told_once(tmp_path: Path) -> None:
+    out, engines = io.StringIO(), Engines()
+    with MetricsWriter(tmp_path, tensorboard=False) as metrics, Progress(out) as progress:
+        run = bare_run(RunDir(tmp_path), engines=engines, metrics=metrics, progress=progress)
+        for step, restarts in enumerate((0, 2, 2)):
+            engines.restarts_total = restarts
+            run.record(step, {"groups/count": 1.0})
+    assert [row["engine/restarts"] for row in read_metrics(tmp_path)] == [0.0, 2.0, 2.0]
+    assert out.getvalue().count("engine restarts: 2 in this step, 2 so far") == 1
 
 
 def test_phases_add_up_and_reset() -> None:

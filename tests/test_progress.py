@@ -7,9 +7,12 @@ from pathlib import Path
 
 from m2train.config import Recipe
 from m2train.progress import Progress
+from m2train.records import StepRollouts
+from m2train.stats import rollout_row
 
 ROW = {
     "step": 0,
+    "groups/count": 2.0,
     "reward/mean": 0.41234,
     "heldout/reward": 0.3,
     "tokens/generated": 5000.0,
@@ -90,11 +93,24 @@ def test_last_step_has_no_time_left_and_evaluation_is_no_step() -> None:
     assert lines[-1] == "evaluation: held-out reward 0.5, 7.0 s"
 
 
+def test_a_step_that_lost_all_its_slices_is_a_step_and_names_the_drops() -> None:
+    stream, clock = io.StringIO(), Clock()
+    lost = StepRollouts(step=0, weight_version="x", dialogues=[], groups=[], drops={"repeated": 2, "empty": 1})
+    with Progress(stream, clock=clock) as progress:
+        progress.start(recipe(2), Path("r"))
+        clock.now += 5
+        progress.step({"step": 0, "heldout/reward": 0.5, **rollout_row(lost)})
+        assert progress.time_left() == 5.0
+    line = stream.getvalue().splitlines()[-1]
+    assert line.startswith("step 1/2  reward -  held-out 0.5  dropped (empty 1, repeated 2)")
+
+
 def test_missing_and_null_metrics_do_not_stop_a_line() -> None:
     stream = io.StringIO()
     with Progress(stream, clock=Clock()) as progress:
         progress.start(recipe(), Path("r"))
-        progress.step({"step": 0, "reward/mean": 0.5, "tokens/generated": None, "time/train": None})
+        bare = {"step": 0, "groups/count": 2.0, "tokens/generated": None, "time/train": None}
+        progress.step(bare | {"reward/mean": 0.5})
         progress.step({"step": 1, "reward/mean": None})
     assert "step  1/10  reward 0.5" in stream.getvalue()
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from runs import bare_run
 
 from m2train.config import ConfigError, Recipe, parse
 from m2train.files import write_atomic
-from m2train.records import Generation, VersionSpan
+from m2train.records import Generation, StepRollouts, VersionSpan
 from m2train.rollout.journal import Journal
 from m2train.rollout.sampler import derive_seed
 from m2train.rundir import RunDir, load_rollouts
@@ -67,6 +71,105 @@ def test_a_kill_in_the_middle_of_restart_leaves_a_run_that_says_so(
     assert run.rollouts(0).exists()
     with pytest.raises(ConfigError, match="already holds a run"):
         run.start(Recipe(seed=1), resume=False, restart=False)
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "a live run": {},
+    "--rollouts-only": {"rollouts_only": True},
+    "--train-from /a": {"train_from": Path("/a")},
+    "--train-from /b": {"train_from": Path("/b")},
+}
+
+
+@pytest.mark.parametrize("started", MODES)
+def test_resume_keeps_the_mode_that_a_run_was_started_in(started: str, tmp_path: Path) -> None:
+    """`--rollouts-only --resume` of a trained run dropped all its metrics, and sampled on with the first weights."""
+    run = RunDir(tmp_path)
+    run.start(Recipe(), resume=False, restart=False, **MODES[started])
+    before = (tmp_path / "run.json").read_text()
+    run.start(Recipe(), resume=True, restart=False, **MODES[started])
+    for mode in MODES.keys() - {started}:
+        with pytest.raises(ConfigError, match=f"started as {started}; --resume as {mode} would mix"):
+            run.start(Recipe(), resume=True, restart=False, **MODES[mode])
+    assert (tmp_path / "run.json").read_text() == before
+    run.start(Recipe(), resume=False, restart=True, rollouts_only=True)
+    assert run.identity is not None and run.identity.mode == "rollouts-only"
+
+
+def test_the_source_of_rollouts_is_one_folder_by_any_name(tmp_path: Path) -> None:
+    run, source = RunDir(tmp_path / "run"), tmp_path / "source"
+    source.mkdir()
+    (tmp_path / "link").symlink_to(source)
+    run.start(Recipe(), resume=False, restart=False, train_from=source)
+    run.start(Recipe(), resume=True, restart=False, train_from=tmp_path / "link")
+
+
+def test_weights_are_named_by_run_and_step(tmp_path: Path) -> None:
+    """Two runs on one server could not be told apart."""
+    runs = [RunDir(tmp_path / name) for name in "ab"]
+    for run in runs:
+        run.start(Recipe(), resume=False, restart=False)
+    names = [run.weight_version(3) for run in runs]
+    assert all(re.fullmatch("[0-9a-f]{8}-step-3", name) for name in names) and names[0] != names[1]
+    runs[0].close()
+    again = RunDir(tmp_path / "a")
+    again.start(Recipe(), resume=True, restart=False)
+    assert again.weight_version(3) == names[0], "the journal and the rollouts before the kill count"
+    again.start(Recipe(), resume=False, restart=True)
+    assert again.weight_version(3) != names[0]
+
+
+class Engine:
+    """Notes the version that weights are published under."""
+
+    published = ""
+
+    async def update_weights(self, source: Path, version: str) -> dict[str, float]:
+        self.published = version
+        return {}
+
+
+class Learner:
+    """Has nothing to export."""
+
+    def export(self, path: Path) -> dict[str, float]:
+        return {}
+
+
+def test_a_run_publishes_under_its_own_name_and_trusts_no_other(tmp_path: Path) -> None:
+    run_dir, engine = RunDir(tmp_path), Engine()
+    run_dir.start(Recipe(), resume=False, restart=False)
+    run = bare_run(run_dir, engines=engine, learner=Learner(), exports=tmp_path)
+    asyncio.run(run.publish(3))
+    assert engine.published == run_dir.weight_version(3)
+    mine, other = (
+        StepRollouts(step=3, weight_version=name, dialogues=[], groups=[])
+        for name in (engine.published, "0000abcd-step-3")
+    )
+    assert run.trusted(mine, tmp_path) is mine
+    with pytest.raises(ConfigError, match="sampled by weights '0000abcd-step-3'; expected '"):
+        run.trusted(other, tmp_path)
+    given = bare_run(run_dir, learner=Learner(), source=tmp_path / "source")
+    assert given.trusted(other, tmp_path) is other, "--train-from"
+
+
+def test_a_run_from_before_there_was_an_identity_goes_on(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.config.write_text(Recipe().to_toml())
+    assert run.weight_version(2) == "step-2"
+    run.start(Recipe(), resume=True, restart=False)
+    assert run.weight_version(2) == "step-2", "its rollouts are named so"
+    with pytest.raises(ConfigError, match="started as a live run; --resume as --rollouts-only"):
+        run.start(Recipe(), resume=True, restart=False, rollouts_only=True)
+
+
+def test_an_identity_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.start(Recipe(), resume=False, restart=False)
+    (tmp_path / "run.json").write_text('{"id": "x"')
+    with pytest.raises(ConfigError, match="run.json does not say what run this is"):
+        run.start(Recipe(), resume=True, restart=False)
+    run.start(Recipe(), resume=False, restart=True)
 
 
 def test_latest_checkpoint_ignores_unfinished_ones(tmp_path: Path) -> None:

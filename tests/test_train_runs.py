@@ -23,7 +23,7 @@ from m2train.rundir import load_rollouts
 from m2train.verifier import CaseSampler, load_cases, split_cases
 
 STEPS = 6
-MOST_RENAMES = 49  # more than a run of RECIPE makes
+MOST_RENAMES = 50  # more than a run of RECIPE makes
 RECIPE = """
 steps = 6
 [model]
@@ -232,13 +232,14 @@ def test_a_live_run_killed_in_step_3_trains_each_case_once(engine_url: str, reci
     assert [row["step"] for row in found] == list(range(STEPS))
     assert all(row["mismatch/max_abs"] <= 1e-4 for row in found), "the learner and the engine have the same weights"
     order = CaseSampler(split_cases(load_cases()).train, seed=0)
+    identity = json.loads((run_dir / "run.json").read_text())["id"]
     for step in range(STEPS):
         rollouts = load_rollouts(run_dir / "rollouts" / f"step_{step:06d}.json")
         assert [d.case_id for d in rollouts.dialogues] == [case.id for case in order.draw(step, 2)]
         replies = [(f"{g.uid}/reply{i}", r.generation) for g in rollouts.groups for i, r in enumerate(g.replies)]
         assert [x.seed for _, x in replies] == [derive_seed(0, key) for key, _ in replies]
         versions = {span.version for _, x in replies for span in x.weight_versions}
-        assert versions == {f"step-{step}"}, "every token names the weights it came from"
+        assert versions == {f"{identity}-step-{step}"}, "every token names the weights it came from"
     reread = (run_dir / "rollouts" / "step_000003.json").read_text()
     for entry in kept:
         assert json.dumps(entry["generation"]["token_ids"], separators=(",", ":")) in reread, "made twice"
