@@ -224,9 +224,11 @@ def advantage_cases() -> Iterator[Case]:
         yield Case("group_advantage" + " loo std valid" * divide, launch)
 
 
-def tree_launches(dtype: torch.dtype, dim: int, plan: TreePlan, fused: bool) -> Iterator[Launch]:
+def tree_launches(
+    dtype: torch.dtype, dim: int, plan: TreePlan, fused: bool, heads: int = 32, kv_heads: int = 8
+) -> Iterator[Launch]:
     """A forward and a backward pass over a plan; `fused` is the backward that is not deterministic."""
-    heads, kv_heads, rows = 32, 8, plan.num_rows
+    rows = plan.num_rows
     q, out, d_out, dq = (_meta(rows, heads, dim, dtype=dtype) for _ in range(4))
     k, v, dk, dv = (_meta(rows, kv_heads, dim, dtype=dtype) for _ in range(4))
     shape = tree.TreeShape.of(q, k, plan, dim**-0.5)
@@ -242,7 +244,6 @@ def tree_launches(dtype: torch.dtype, dim: int, plan: TreePlan, fused: bool) -> 
     yield tree.dkdv_launch(shape, units, q, k, v, d_out, dk, dv, partial, sums, lse, delta)
     if fused:
         return
-    yield tree.dkdv_launch(shape, units, q, k, v, d_out, dk, dv, None, sums, lse, delta)
     yield tree.delta_launch(shape, out, d_out, delta)
     yield tree.reduce_launch(shape, units, partial, dk, dv)
 
@@ -259,8 +260,18 @@ def tree_cases() -> Iterator[Case]:
             for launch in tree_launches(dtype, dim, plan, fused):
                 product = launch.kernel.__name__ in ("tree_forward_kernel", "tree_dq_kernel", "tree_dkdv_kernel")
                 name = launch.kernel.__name__.removesuffix("_kernel") + " fused" * fused
-                split = " splits" if name == "tree_dkdv" and launch.args[6] is not None else ""
-                yield Case(f"{name} {tag}{split}", launch, gemm=product and dtype != torch.float32)
+                yield Case(f"{name} {tag}", launch, gemm=product and dtype != torch.float32)
+
+
+def tree_group_cases() -> Iterator[Case]:
+    """Query heads to a KV head: a loop bound of the dK/dV pass; 4 is in `tree_cases`."""
+    plan = plan_tree([range(2000), [*range(1000), *range(2000, 3000)]]).to("meta")
+    for heads, kv_heads in ((8, 8), (16, 8), (40, 8), (9, 3)):
+        dim = 64 if heads == 9 else 128
+        for fused in (False, True):
+            for launch in tree_launches(torch.bfloat16, dim, plan, fused, heads, kv_heads):
+                if launch.kernel.__name__ == "tree_dkdv_kernel":
+                    yield Case(f"tree_dkdv{' fused' * fused} {heads} on {kv_heads} heads D={dim}", launch, gemm=True)
 
 
 def cases() -> Iterator[Case]:
@@ -270,6 +281,7 @@ def cases() -> Iterator[Case]:
     yield from odd_cases()
     yield from merge_cases()
     yield from tree_cases()
+    yield from tree_group_cases()
     for dtype in head.GEMM_CONFIGS:
         short = str(dtype).removeprefix("torch.")
         for entropy in (False, True):

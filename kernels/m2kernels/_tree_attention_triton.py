@@ -228,7 +228,7 @@ def dkdv_launch(
     d_out: Tensor,
     dk: Tensor,
     dv: Tensor,
-    partial: Tensor | None,
+    partial: Tensor,
     dq_sum: Tensor | None,
     lse: Tensor,
     delta: Tensor,
@@ -313,14 +313,14 @@ class TritonTreeAttention(torch.autograd.Function):
         for grad in (dq, dk, dv):
             grad[shape.num_rows :] = 0
         units = backward_units(plan, shape.kv_heads, num_programs(q.device))
-        partial = dq_sum = None
-        if units.num_slots:
-            sizes = (units.num_slots, shape.kv_heads, 2, shape.tiles.block, shape.dim)
-            partial = q.new_empty(sizes, dtype=torch.float32)
+        dq_sum = None
+        # One slot at least: without the buffer it would be another kernel, compiled in mid-run.
+        sizes = (max(units.num_slots, 1), shape.kv_heads, 2, shape.tiles.block, shape.dim)
+        partial = q.new_empty(sizes, dtype=torch.float32)
         if not ctx.deterministic:
             dq_sum = q.new_zeros((shape.num_rows, *q.shape[1:]), dtype=torch.float32)
         dkdv_launch(shape, units, q, k, v, d_out, dk, dv, partial, dq_sum, lse, delta).run(q.device)
-        if partial is not None:
+        if units.num_slots:
             reduce_launch(shape, units, partial, dk, dv).run(q.device)
         if dq_sum is None:
             dq_launch(shape, q, k, v, d_out, dq, lse, delta).run(q.device)

@@ -279,7 +279,7 @@ def tree_dkdv_kernel(
     d_out,
     dk,  # descriptor, tile [BLOCK_N, 1, DIM]; so dv
     dv,
-    partial_ptr,  # f32 [slots, kv_heads, 2, BLOCK, DIM]: dk and dv of the units that have a slot; or None
+    partial_ptr,  # f32 [slots, kv_heads, 2, BLOCK, DIM]: dk and dv of the units that have a slot
     dq_ptr,  # f32 [num_rows, heads, DIM], zeros: dq / scale is added to it, in no fixed order; or None
     lse_ptr,  # f32 [heads, stride]; so delta
     delta_ptr,
@@ -337,7 +337,7 @@ def tree_dkdv_kernel(
     if slot < 0:
         _store(dk, first, kv_head, dk_acc, BLOCK_N, DIM)
         _store(dv, first, kv_head, dv_acc, BLOCK_N, DIM)
-    elif partial_ptr is not None:
+    else:
         inside = (rank % PARTS * BLOCK_N + tl.arange(0, BLOCK_N))[:, None] * DIM + tl.arange(0, DIM)[None, :]
         partial_ptr += ((slot.to(tl.int64) * KV_HEADS + kv_head) * 2) * (BLOCK * DIM)
         tl.store(partial_ptr + inside, dk_acc)
