@@ -81,7 +81,7 @@ def loss_and_grads(
     after: float | torch.Tensor = 1.0
     if problem.dtype == torch.float16:
         # A denominator in the millions would leave nothing of a gradient in float16: it divides the float32 sums.
-        cut, after = cut.undivided()
+        cut, after = cut.hardly_divided()
         target = replace(target, wide=True)
     grads = HeadGrads(head, needs, into=target.into, scale=target.scale, wide=target.wide, after=after)
     parts = grads.chunks(head.num_rows, width)

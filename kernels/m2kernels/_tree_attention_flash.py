@@ -108,9 +108,8 @@ def flash_tree_attention(
         out, lse = _torch_varlen(args, scale)
     else:
         options = {"softmax_scale": scale, "causal": True, "deterministic": deterministic}
-        if (
-            "return_attn_probs" in inspect.signature(attend).parameters
-        ):  # without it FlashAttention-3 returns lse as is
+        # A FlashAttention-3 without the option returns lse unasked.
+        if "return_attn_probs" in inspect.signature(attend).parameters:
             options["return_attn_probs"] = True
         out, lse = attend(*args, **options)[:2]
     lse = lse.detach().t()
