@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent / "dist"))
 from learner_models import make_recipe, make_tree_batch, run_ranks, write_model  # noqa: E402
 
 from m2train.config import ConfigError  # noqa: E402
+from m2train.learner import packing  # noqa: E402
 from m2train.learner.batch import Sample, TrainBatch  # noqa: E402
 from m2train.learner.grouping import Limit, SharedPrefixes  # noqa: E402
 from m2train.learner.packing import Costs, build_micro_batch, plan_forest, plan_step  # noqa: E402
@@ -168,6 +169,20 @@ def test_the_number_of_micro_batches_that_was_asked_for_is_not_met_by_empty_ones
     batch = batch_of([list(range(100, 150)) + [i] * 40 for i in range(8)])
     plan = plan_step(batch, make_recipe(micro_batches=4, micro_batch_tokens=1024), COSTS)
     assert [len(one) for one in plan.members[0]] == [2, 2, 2, 2]
+
+
+def test_paths_that_repeat_are_planned_in_few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long prompts leave room for two replies a micro-batch: far more of them than the tokens alone would fill."""
+    groups, cap = 24, 82
+    prompts = [[g] * 70 for g in range(groups)]
+    batch = batch_of([prompt + [1000 + i] * 5 for prompt in prompts for i in range(8)])
+    learner = make_recipe().learner.model_copy(update={"micro_batch_tokens": cap, "dp": 2})
+    tries = []
+    best = packing._best_bins
+    monkeypatch.setattr(packing, "_best_bins", lambda *a: tries.append(a[1]) or best(*a))
+    plan = plan_step(batch, make_recipe().model_copy(update={"learner": learner}), COSTS)
+    assert [len(one) for rank in plan.members for one in rank] == [2] * (groups * 4)
+    assert tries[0] < groups * 2 and len(tries) <= 10, tries
 
 
 def test_a_reply_over_the_row_cap_is_named() -> None:

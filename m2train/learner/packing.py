@@ -264,6 +264,7 @@ def _pack(prefixes: SharedPrefixes, limit: Limit, recipe: Recipe, costs: Costs) 
     bins = _fill(prefixes, prefixes.units(limit), None, limit, costs)
     assert bins is not None, "a unit is within the limit"
     few, many = num // learner.dp, -(-len(bins) // learner.dp)
+    bins = _best_bins(prefixes, many * learner.dp, limit, recipe, costs) or bins
     while many - few > 1:
         middle = (few + many) // 2
         found = _best_bins(prefixes, middle * learner.dp, limit, recipe, costs)

@@ -20,7 +20,10 @@ class Reference:
     """
 
     def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        self._kept = {name: _to_host(p.detach()) for name, p in parameters.items()}
+        self._kept = {
+            name: torch.empty(p.shape, dtype=p.dtype, pin_memory=p.is_cuda).copy_(p.detach())
+            for name, p in parameters.items()
+        }
 
     @contextmanager
     def in_place_of(self, parameters: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -34,10 +37,6 @@ class Reference:
     def _exchange(self, parameters: Mapping[str, torch.Tensor]) -> None:
         for name, kept in self._kept.items():
             here = parameters[name].data
-            own = _to_host(here)
+            own = here.clone()
             here.copy_(kept)
-            self._kept[name] = own
-
-
-def _to_host(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x)
+            kept.copy_(own)
