@@ -248,12 +248,20 @@ def test_a_live_run_killed_in_step_3_trains_each_case_once(engine_url: str, reci
 
 @pytest.mark.timeout(400)
 def test_bf16_reports_its_mismatch_and_weights(engine_url: str, tiny_model: Path, tmp_path: Path) -> None:
-    path = tmp_path / "bf16.toml"
+    """And evaluates before the first step and after the last one; what it evaluated is not done again."""
+    path, run_dir = tmp_path / "bf16.toml", tmp_path / "run"
     path.write_text(RECIPE.format(model=tiny_model, dtype="bfloat16"))
-    live = ["--set", f"rollout.urls=['{engine_url}']", "--set", "steps=2"]
-    code, out = TaggedRun("train", path, "--run-dir", tmp_path / "run", *live).wait()
+    live = ["--set", f"rollout.urls=['{engine_url}']", "--set", "steps=2", "--set", "eval.cases=3"]
+    code, out = TaggedRun("train", path, "--run-dir", run_dir, *live).wait()
     assert code == 0, out
-    for row in rows(tmp_path / "run"):
+    found = rows(run_dir)
+    scores = {row["step"]: row["heldout/reward"] for row in found if "heldout/reward" in row}
+    assert scores.keys() == {0, 2} and all(0 <= score <= 1 for score in scores.values())
+    kept = {path: path.read_bytes() for path in (run_dir / "eval").iterdir()}
+    assert sorted(path.name for path in kept) == ["step_000000.json", "step_000002.json"]
+    resume(path, run_dir, *live)
+    assert {path: path.read_bytes() for path in kept} == kept
+    for row in found[:2]:
         assert 1e-6 < row["mismatch/max_abs"] < 1.0
         assert row["tis/min"] < 1.0 < row["tis/max"] <= 2.0
         assert 0.9 < row["tis/mean"] < 1.1
