@@ -4,6 +4,9 @@ The interpreter keeps bfloat16 as uint16 and hands it to numpy, which then does 
 the bits; its own float32 -> bfloat16 conversion does not round to nearest even. Here a bfloat16
 operand is widened to float32 before numpy sees it, a bfloat16 result is rounded as torch and the GPU
 round, and what is not mended (reductions, scans, atomics) raises: kernels reduce in float32.
+
+A dot is summed in float64 and rounded once. numpy's float32 product of a row depends on where in the
+block it stands with some of OpenBLAS's kernels (OPENBLAS_CORETYPE=Haswell), where the GPU's does not.
 """
 
 from __future__ import annotations
@@ -78,7 +81,11 @@ def mend() -> None:
     def dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
         if is_bf16(d):
             raise NotImplementedError("a dot that accumulates in bfloat16 is not mended")
-        return plain_dot(self, widen(a), widen(b), d, *options)
+        left, right = widen(a).data, widen(b).data
+        if not {left.dtype, right.dtype} <= {np.dtype(np.float16), np.dtype(np.float32)}:
+            return plain_dot(self, a, b, d, *options)
+        product = np.matmul(left.astype(np.float64), right.astype(np.float64))
+        return handle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     def check_tensor(self: Any, inputs: Any) -> None:
         plain_check(self, inputs)
