@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from m2kernels import _live_rows
-from m2kernels._head import Head, HeadProblem
+from m2kernels._head import Head, HeadGrads, HeadProblem
 from m2kernels._head_kernels import Upstream
 from m2kernels._head_policy import WeightGrad, loss_and_grads
 from m2kernels._head_torch import TorchHead
@@ -107,7 +107,7 @@ def test_logprob_waits_once_in_backward(journal):
     with Reads(journal):
         stats = row_stats(head, entropy=True)
         assert journal == []
-        head_backward(head, stats, Upstream(to_logp, None), (True, True, False))
+        head_backward(head, stats, Upstream(to_logp, None), HeadGrads(head, (True, True, False)))
     assert journal == ["sent", "waited"] + ["row kernel"] * 2
 
 
