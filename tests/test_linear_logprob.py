@@ -364,7 +364,7 @@ def test_opcheck_of_the_row_kernels():
     torch.library.opcheck(ops.head_grad, (logits, torch.zeros(5, 200), *settings, *rows))
     torch.library.opcheck(ops.head_dx, (torch.randn(200, 5), torch.randn(200, 16), torch.zeros(5, 16)))
     torch.library.opcheck(ops.head_dw, (torch.randn(200, 5), torch.randn(5, 16), torch.zeros(200, 16), True))
-    torch.library.opcheck(ops.head_lanes, (kept, False, *settings, *rows, torch.tensor([1, 3])))
+    torch.library.opcheck(ops.head_lanes, (kept, None, *settings, *rows, torch.tensor([1, 3])))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -173,7 +173,8 @@ void head_tiles_op(const Tensor& hidden, const Tensor& weight, const Tensor& tar
   if (a.rows > 0 && a.vocab > 0) head_tiles_cpu(a, dot);
 }
 
-void head_lanes_op(const Tensor& kept, bool out_bf16, const Tensor& target,
+// The gradient goes into `out`, bfloat16 [vocab, lanes with a gradient or more], or takes the place of `kept`.
+void head_lanes_op(const Tensor& kept, const MaybeTensor& out, const Tensor& target,
                    const MaybeTensor& bias, const MaybeTensor& inv_temperatures,
                    double inv_temperature, double softcap, int64_t num_valid,
                    const Tensor& log_norm, const Tensor& log_norm_low, const Tensor& logp,
@@ -192,8 +193,8 @@ void head_lanes_op(const Tensor& kept, bool out_bf16, const Tensor& target,
   a.bias = floats("bias", bias, a.vocab);
   a.softcap = static_cast<float>(softcap);
   a.out = memory;
-  a.out_stride = out_bf16 ? 2 * a.stride : a.stride;
-  a.out_bf16 = out_bf16;
+  a.out_stride = a.stride;
+  a.out_bf16 = out.has_value();
   const int64_t* picked = nullptr;
   int64_t count = rows.rows;
   if (live.has_value()) {
@@ -204,6 +205,14 @@ void head_lanes_op(const Tensor& kept, bool out_bf16, const Tensor& target,
       STD_TORCH_CHECK(picked[j] >= (j ? picked[j - 1] + 1 : 0) && picked[j] < rows.rows,
                       "live: expected ascending rows");
     }
+  }
+  if (out.has_value()) {
+    STD_TORCH_CHECK(out->scalar_type() == ScalarType::BFloat16 && out->dim() == 2 &&
+                        out->size(0) == a.vocab && out->size(1) >= lanes_of(count) &&
+                        (out->size(1) < 2 || out->stride(1) == 1),
+                    "out: expected bfloat16 [vocabulary, lanes] with dense rows");
+    a.out = out->mutable_data_ptr();
+    a.out_stride = out->stride(0);
   }
   if (count > 0) head_lanes_cpu(a, rows, g, picked, count);
 }

@@ -164,7 +164,7 @@ struct HeadLaneGrad {
   const float* inverse;
   const float* constant;  // dz = p (constant - slope * log p)
   const float* slope;
-  void* out;  // [vocab, out_stride]: the memory of `kept`, as float or bf16
+  void* out;  // [vocab, out_stride]: float in the memory of `kept`; bf16 there or elsewhere
   int64_t out_stride;
   bool out_bf16;
 };

@@ -4,7 +4,8 @@ csrc/cpu/head_tiles.h multiplies and measures in one go, with the chunk's rows a
 kept logits are [vocabulary, lanes]: their transpose goes into the GEMMs of the gradients. Logits are
 float32 for bfloat16 inputs too. A new weight gradient [vocabulary, D] lends its rows for them: an
 entry's logits lie where their sum will be written, so up to D rows of logits (bfloat16: half of that)
-take no memory of their own, and as large a chunk saves passes over the weight and its gradient.
+take no memory of their own (bfloat16: a half, for their gradient), and as large a chunk saves passes
+over the weight and its gradient.
 csrc/cpu/head_rows.h does logits that a caller brings.
 """
 
@@ -117,12 +118,19 @@ class CpuHead(HeadKernels):
     def grad_rows(
         self, kept: Any, settings: HeadSettings, rows: RowStats, upstream: Upstream, live: LiveRows | None
     ) -> torch.Tensor:
-        """See :meth:`HeadKernels.grad_rows`; in the memory of the logits, the transpose of a dense matrix."""
+        """See :meth:`HeadKernels.grad_rows`; a transpose, in the memory of the logits but for lent bfloat16 ones."""
         logits, dtype = kept
-        narrow = dtype == torch.bfloat16
         part = None if live is None else live.part()
-        _ops.head_lanes(logits, narrow, *_columns(settings), *_dense(rows, upstream), part)
-        return logits.view(dtype)[:, : len(settings.target if part is None else part)].t()
+        count = len(settings.target if part is None else part)
+        out = None
+        if dtype == torch.bfloat16 and logits.is_contiguous():
+            out = logits.view(dtype)
+        elif (
+            dtype == torch.bfloat16
+        ):  # half as large, and out of the way of the GEMM that writes where the logits lie
+            out = logits.new_empty(logits.shape[0], -(-count // _LANES) * _LANES, dtype=dtype)
+        _ops.head_lanes(logits, out, *_columns(settings), *_dense(rows, upstream), part)
+        return (logits if out is None else out)[:, :count].t()
 
     def hidden_grad(self, dz: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See :meth:`HeadKernels.hidden_grad`; torch's GEMM is as fast for bfloat16."""
