@@ -122,6 +122,17 @@ def test_rope_positions_restart() -> None:
     torch.testing.assert_close(shared.sin[:, 0, 0], torch.tensor([0.0, 1.0, 2.0, 1.0]).sin())
 
 
+@pytest.mark.parametrize("fixed", [True, False])
+def test_the_order_of_sums_reaches_attention(fixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = mk.tree_attention
+    monkeypatch.setattr(mk, "tree_attention", lambda *a, **k: seen.append(k["deterministic"]) or real(*a, **k))
+    packed = packed_rows(mk.plan_tree([[1, 2], [1, 3]]), torch.ones(8), torch.float32, deterministic=fixed)
+    q, k = torch.randn(3, 2, 16), torch.randn(3, 1, 16)
+    ThdCoreAttention(SimpleNamespace(kv_channels=16))(q, k, k, packed_seq_params=packed)
+    assert seen == [fixed]
+
+
 def test_llama3_rope_is_that_of_transformers(tmp_path: Path) -> None:
     from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
