@@ -6,7 +6,7 @@ from kernel_testing import assert_kernel
 from test_linear_policy_loss import head_case, oracle, plain_torch, run, two_ops
 
 import m2kernels as mk
-from m2kernels import _head, _head_cpu, _head_policy
+from m2kernels import _head_cpu, _head_grads, _head_policy
 from m2kernels.linear_logprob import unsupported_reason
 
 pytestmark = pytest.mark.skipif(unsupported_reason("cpu") is not None, reason=str(unsupported_reason("cpu")))
@@ -102,9 +102,9 @@ def test_more_rows_than_there_is_memory_to_lend(dtype, lent):
 def test_chunks():
     leaves, case = case_of(64, 200)
     seen = []
-    original = _head.HeadGrads.chunks
+    original = _head_grads.HeadGrads.chunks
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_head.HeadGrads, "chunks", lambda *a: seen.append(original(*a)) or seen[-1])
+        patch.setattr(_head_grads.HeadGrads, "chunks", lambda *a: seen.append(original(*a)) or seen[-1])
         run(leaves, case, SPEC, backend="cpu", chunk_bytes=SMALL)
         frozen = {"denom": 7.0, "spec": SPEC, "backend": "cpu", "chunk_bytes": SMALL, **case}
         mk.linear_policy_loss(leaves[0], leaves[1].detach(), **frozen)

@@ -11,9 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from m2kernels import _live_rows
-from m2kernels._head import Head, HeadGrads, HeadProblem
+from m2kernels._head import Head, HeadProblem
+from m2kernels._head_grads import HeadGrads, WeightTarget
 from m2kernels._head_kernels import Upstream
-from m2kernels._head_policy import WeightGrad, loss_and_grads
+from m2kernels._head_policy import loss_and_grads
 from m2kernels._head_torch import TorchHead
 from m2kernels._live_rows import LiveRows
 from m2kernels._policy_grads import PolicyTerms
@@ -92,10 +93,10 @@ def make_terms(live):
 def test_policy_loss_waits_behind_each_chunks_row_kernel(journal, monkeypatch, rows, live):
     problem, terms = make_problem(rows), make_terms(live)
     with Reads(journal):
-        out, grads = loss_and_grads(problem, terms, (True, True, False), WeightGrad())
+        out, grads = loss_and_grads(problem, terms, (True, True, False), WeightTarget())
     assert journal == ["sent", "row kernel", "waited"] * CHUNKS
     monkeypatch.undo()  # as on a CPU, where a number costs nothing to read
-    want, exact = loss_and_grads(problem, terms, (True, True, False), WeightGrad())
+    want, exact = loss_and_grads(problem, terms, (True, True, False), WeightTarget())
     assert torch.equal(out.logp, want.logp) and torch.equal(out.loss, want.loss)
     for got, expected in zip(grads[:2], exact[:2], strict=True):
         torch.testing.assert_close(got, expected)

@@ -145,12 +145,14 @@ def test_sequences_longer_than_a_chunk_are_done_twice(monkeypatch):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_without_a_gradient_cost_no_gemm(backend, monkeypatch):
-    from m2kernels import _head
+    from m2kernels import _head_grads
 
     leaves, case = make_case()
     added = []
-    add = _head.HeadGrads.add
-    monkeypatch.setattr(_head.HeadGrads, "add", lambda self, dz, *a: added.append(dz.shape[0]) or add(self, dz, *a))
+    add = _head_grads.HeadGrads.add
+    monkeypatch.setattr(
+        _head_grads.HeadGrads, "add", lambda self, dz, *a: added.append(dz.shape[0]) or add(self, dz, *a)
+    )
     run(leaves, case, mk.LossSpec(), backend=backend)
     logp = run(leaves, case, mk.LossSpec(), backend=backend)[2].logp.requires_grad_()
     rest = {k: case[k] for k in ("advantage", "seq", "old_logp")}

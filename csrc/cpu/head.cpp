@@ -141,10 +141,8 @@ void head_tiles_cpu(const HeadGemm& gemm, bool dot) {
     std::vector<float> scratch(gemm.weight_bf16 && !dot ? kHeadTile * gemm.depth : 0);
     for (int64_t tile = b; tile < e; ++tile) {
       const int64_t first = tile * kHeadTile;
-      const int64_t last = std::min<int64_t>(first + kHeadTile, gemm.vocab) - 1;
-      if (gemm.kept) {
-        populate(gemm.kept + first * gemm.kept_stride, (last - first) * gemm.kept_stride + gemm.stride);
-      }
+      const int64_t count = std::min<int64_t>(kHeadTile, gemm.vocab - first);
+      if (gemm.kept) populate(gemm.kept + first * gemm.stride, count * gemm.stride);
       run(gemm, scratch.data(), tile, tile + 1);
     }
   });
@@ -207,10 +205,8 @@ void head_dw_cpu(HeadProduct p) {
     }
   });
   p.other = packed.data();
-  const bool shared = p.dz == p.out;  // each row of dz is overwritten by its own sum: tiles are set aside
   const int64_t tiles = (p.vocab + kHeadTile - 1) / kHeadTile;
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t b, int64_t e) {
-    std::vector<float> aside(static_cast<size_t>(shared ? kHeadTile * p.rows : 0));
     for (int64_t tile = b; tile < e; ++tile) {
       const int64_t first = tile * kHeadTile;
       HeadProduct own = p;
@@ -218,13 +214,6 @@ void head_dw_cpu(HeadProduct p) {
       own.dz += first * p.dz_stride;
       own.out += first * p.out_stride;
       if (!p.add) populate(own.out, (own.vocab - 1) * p.out_stride + p.depth);
-      if (shared) {
-        for (int64_t v = 0; v < own.vocab; ++v) {
-          std::copy_n(own.dz + v * p.dz_stride, p.rows, aside.data() + v * p.rows);
-        }
-        own.dz = aside.data();
-        own.dz_stride = p.rows;
-      }
       cpu_kernels().head_dw(own, 0, 1);
     }
   });

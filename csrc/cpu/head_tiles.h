@@ -215,7 +215,7 @@ void tile_groups(const HeadGemm& a, const typename Gemm::Element* weight, int64_
   multiply_block<Gemm, kNumGroups>(a, weight, stride, count, group, block);
   if (a.kept) {
     for (int v = 0; v < count; ++v) {
-      float* to = a.kept + (base + v) * a.kept_stride + group * kVector;
+      float* to = a.kept + (base + v) * a.stride + group * kVector;
       for (int l = 0; l < kNumGroups * kVector; l += kVector) {
         *(F16u*)(to + l) = *(const F16*)(block->z + v * kBlockLanes + l);
       }

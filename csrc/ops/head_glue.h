@@ -95,15 +95,6 @@ float* dense_floats(const char* name, const MaybeTensor& t, std::initializer_lis
   return static_cast<float*>(t->mutable_data_ptr());
 }
 
-// Kept logits [vocab, lanes], float, rows dense; they may lie at a distance, in the rows of a wider matrix.
-float* kept_logits(const Tensor& t, int64_t vocab, int64_t lanes) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.size(0) == vocab &&
-                      t.size(1) == lanes && (lanes < 2 || t.stride(1) == 1) &&
-                      (vocab < 2 || t.stride(0) >= lanes),
-                  "kept: expected float32 [vocabulary, lanes] with dense rows");
-  return static_cast<float*>(t.mutable_data_ptr());
-}
-
 // Per lane: the target and 1 / temperature of its row; lanes past the rows have none.
 struct LaneInputs {
   Tensor target, inverse;
@@ -168,13 +159,12 @@ void head_tiles_op(const Tensor& hidden, const Tensor& weight, const Tensor& tar
   a.top = dense_floats("stats", stats, {fields, tiles, a.stride});
   a.total = a.top ? a.top + tiles * a.stride : nullptr;
   a.moment = fields == 3 ? a.total + tiles * a.stride : nullptr;
-  a.kept = kept.has_value() ? kept_logits(*kept, a.vocab, a.stride) : nullptr;
-  a.kept_stride = kept.has_value() ? kept->stride(0) : 0;
+  a.kept = dense_floats("kept", kept, {a.vocab, a.stride});
   if (a.rows > 0 && a.vocab > 0) head_tiles_cpu(a, dot);
 }
 
-// The gradient goes into `out`, bfloat16 [vocab, lanes with a gradient or more], or takes the place of `kept`.
-void head_lanes_op(const Tensor& kept, const MaybeTensor& out, const Tensor& target,
+// The gradient takes the place of `kept`: as bfloat16 the first half of each row.
+void head_lanes_op(const Tensor& kept, bool bf16, const Tensor& target,
                    const MaybeTensor& bias, const MaybeTensor& inv_temperatures,
                    double inv_temperature, double softcap, int64_t num_valid,
                    const Tensor& log_norm, const Tensor& log_norm_low, const Tensor& logp,
@@ -184,17 +174,17 @@ void head_lanes_op(const Tensor& kept, const MaybeTensor& out, const Tensor& tar
   const HeadGradArgs g =
       head_grads(rows.rows, log_norm, log_norm_low, logp, entropy, grad_logp, grad_entropy);
   HeadLaneGrad a;
-  a.stride = kept.stride(0);
+  a.stride = lanes_of(rows.rows);
   a.vocab = kept.size(0);
   STD_TORCH_CHECK(num_valid >= 0 && num_valid <= a.vocab, "num_valid: out of range");
-  float* memory = kept_logits(kept, a.vocab, lanes_of(rows.rows));
+  float* memory = dense_floats("kept", kept, {a.vocab, a.stride});
   a.kept = memory;
   a.num_valid = num_valid;
   a.bias = floats("bias", bias, a.vocab);
   a.softcap = static_cast<float>(softcap);
   a.out = memory;
-  a.out_stride = a.stride;
-  a.out_bf16 = out.has_value();
+  a.out_stride = bf16 ? 2 * a.stride : a.stride;
+  a.out_bf16 = bf16;
   const int64_t* picked = nullptr;
   int64_t count = rows.rows;
   if (live.has_value()) {
@@ -205,14 +195,6 @@ void head_lanes_op(const Tensor& kept, const MaybeTensor& out, const Tensor& tar
       STD_TORCH_CHECK(picked[j] >= (j ? picked[j - 1] + 1 : 0) && picked[j] < rows.rows,
                       "live: expected ascending rows");
     }
-  }
-  if (out.has_value()) {
-    STD_TORCH_CHECK(out->scalar_type() == ScalarType::BFloat16 && out->dim() == 2 &&
-                        out->size(0) == a.vocab && out->size(1) >= lanes_of(count) &&
-                        (out->size(1) < 2 || out->stride(1) == 1),
-                    "out: expected bfloat16 [vocabulary, lanes] with dense rows");
-    a.out = out->mutable_data_ptr();
-    a.out_stride = out->stride(0);
   }
   if (count > 0) head_lanes_cpu(a, rows, g, picked, count);
 }

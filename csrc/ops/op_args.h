@@ -145,8 +145,7 @@ struct HeadGemm {
   float* top;             // [tiles, stride]; null: no statistics
   float* total;           // [tiles, stride]
   float* moment;          // [tiles, stride] or null
-  float* kept;            // [vocab, kept_stride] or null: the GEMM's result, before bias, cap, temperature
-  int64_t kept_stride;    // at least `stride`
+  float* kept;            // [vocab, stride] or null: the GEMM's result, before bias, cap, temperature
 };
 
 // Gradient of kept logits. Lanes 0 .. count are those with a gradient, filled up to a multiple of 16.
@@ -164,7 +163,7 @@ struct HeadLaneGrad {
   const float* inverse;
   const float* constant;  // dz = p (constant - slope * log p)
   const float* slope;
-  void* out;  // [vocab, out_stride]: float in the memory of `kept`; bf16 there or elsewhere
+  void* out;  // [vocab, out_stride] in the memory of `kept`: float, or bf16
   int64_t out_stride;
   bool out_bf16;
 };
@@ -178,7 +177,7 @@ struct HeadProduct {
   int64_t depth;       // a multiple of 16
   const float* other;  // W [vocab, depth], or X [rows, depth] (head_dw: strips of kProductLanes columns)
   int64_t other_stride;
-  float* out;  // dX [rows, depth], or dW [vocab, depth], whose rows may begin with those of dz
+  float* out;  // dX [rows, depth], or dW [vocab, depth]
   int64_t out_stride;
   bool add;  // to what `out` holds
 };

@@ -51,7 +51,7 @@ STABLE_TORCH_LIBRARY(m2kernels, m) {
       "Tensor? inv_temperatures, float inv_temperature, float softcap, int num_valid, "
       "Tensor(a!)? z_target, Tensor(b!)? stats, Tensor(c!)? kept) -> ()");
   m.def(
-      "head_lanes(Tensor(a!) kept, Tensor(b!)? out, Tensor target, Tensor? bias, "
+      "head_lanes(Tensor(a!) kept, bool bf16, Tensor target, Tensor? bias, "
       "Tensor? inv_temperatures, float inv_temperature, float softcap, int num_valid, "
       "Tensor log_norm, Tensor log_norm_low, Tensor logp, Tensor? entropy, Tensor grad_logp, "
       "Tensor? grad_entropy, Tensor? live) -> ()");

@@ -1,12 +1,11 @@
-"""Driver of the LM head: rows, chunks, tensor parallelism and the GEMMs of the gradients.
+"""Driver of the LM head: rows, chunks and tensor parallelism.
 
 Knows no backend: it hands chunks of gathered rows to :class:`m2kernels._head_kernels.HeadKernels`
-and merges the tile statistics of all ranks in the vocabulary's order. Shared by linear_logprob,
-linear_policy_loss and (without the GEMMs) logprob.
+and merges the tile statistics of all ranks in the vocabulary's order; sums of the gradients are in
+:mod:`m2kernels._head_grads`. Shared by linear_logprob and linear_policy_loss.
 """
 
 import importlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -185,121 +184,3 @@ class Head:
             chunk.hidden, self.weight, chunk.settings, entropy=entropy, keep=keep, lend=lend
         )
         return self.vocab.merge(stats, chunk.settings.target), kept
-
-
-class HeadGrads:
-    """Sums of the gradients over chunks: float32, whatever the dtype of the GEMMs.
-
-    Args:
-        head: what the chunks are of.
-        needs: gradients wanted, of (hidden, weight, bias).
-        into: float32 [Vl, D] that the weight's gradient is added to, times `scale`.
-        scale: for `into` alone.
-        wide: the weight's gradient must be float32, also that of a single chunk.
-        after: what all gradients are multiplied by once they are summed; with `into` a number.
-    """
-
-    def __init__(
-        self,
-        head: Head,
-        needs: tuple[bool, bool, bool],
-        *,
-        into: torch.Tensor | None = None,
-        scale: float = 1.0,
-        wide: bool = False,
-        after: float | torch.Tensor = 1.0,
-    ) -> None:
-        p = head.problem
-        self.head = head
-        self.after, self.scale = after, 1.0
-        if into is not None:
-            assert isinstance(after, float)
-            self.scale = scale * after
-        self.added = into is not None
-        self.narrow = torch.float32 if wide or p.weight.dtype != p.dtype else p.dtype
-        self.dtype = torch.float32
-        self.unborn: torch.Tensor | None = None  # memory of to_weight, before it holds anything
-
-        def zeros(like: torch.Tensor) -> torch.Tensor:
-            return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
-
-        self.to_hidden = zeros(p.hidden) if needs[0] else None
-        self.weight = needs[1]
-        self.to_weight = into
-        self.to_bias = zeros(p.bias) if needs[2] and p.bias is not None else None
-
-    def chunks(self, count: int, width: int) -> list[slice]:
-        """Cut `count` rows, and say what dtype the weight's gradient has: a single chunk needs no float32 sum."""
-        parts = self.head.chunks(count, width, self._room(count, width))
-        self.cut(len(parts))
-        return parts
-
-    def cut(self, parts: int) -> None:
-        """There will be so many chunks."""
-        self.dtype = self.narrow if parts <= 1 else torch.float32
-
-    def _room(self, count: int, width: int) -> int:
-        """Rows of a first chunk whose logits fit into the weight's gradient, and the rest into the budget."""
-        if not self.weight or self.to_weight is not None:
-            return 0
-        kernels, dim = self.head.kernels, self.head.weight.shape[1]
-        most = self.head.problem.chunk_bytes // kernels.row_bytes(dim, width)
-        if count <= min(kernels.lent_rows(dim, self.narrow), most):
-            return count
-        return min(kernels.lent_rows(dim, torch.float32), most)
-
-    def lend(self, rows: int) -> torch.Tensor | None:
-        """Memory of the weight's gradient, for the logits of the chunk that is to be the first in it; or None."""
-        if not self.weight or self.to_weight is not None:
-            return None
-        weight = self.head.weight
-        if rows > self.head.kernels.lent_rows(weight.shape[1], self.dtype):
-            return None
-        if self.unborn is None:
-            self.unborn = weight.new_empty(weight.shape, dtype=self.dtype)
-        return self.unborn
-
-    def add(self, dz: torch.Tensor, chunk_hidden: torch.Tensor, positions: slice | torch.Tensor) -> None:
-        """Add a chunk: dz [C, Vl] and hidden [C, D], rows `positions` of the problem's hidden."""
-        if self.to_hidden is not None:
-            part = self.head.kernels.hidden_grad(*self._valid(dz)).float()
-            if isinstance(positions, slice):
-                self.to_hidden[positions] += part
-            elif part.is_cuda:  # index_add adds in any order there
-                self.to_hidden.index_put_((positions.long(),), part, accumulate=True)
-            else:
-                self.to_hidden.index_add_(0, positions, part)
-        if self.to_bias is not None:
-            self.to_bias += dz.sum(dim=0, dtype=torch.float32)
-        if self.weight:
-            first = self.to_weight is None
-            if self.to_weight is None:
-                shape = dz.shape[1], chunk_hidden.shape[1]
-                self.to_weight = dz.new_empty(shape, dtype=self.dtype) if self.unborn is None else self.unborn
-            self.head.kernels.weight_grad(dz, chunk_hidden, self.to_weight, first=first, scale=self.scale)
-
-    def _valid(self, dz: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """dz and the weight without padding, whose zero gradient would not hide a NaN in the weight."""
-        valid, weight = self.head.num_valid, self.head.weight
-        return (dz, weight) if valid == weight.shape[0] else (dz[:, :valid], weight[:valid])
-
-    def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """(d hidden, d weight, d bias): float32, but a single chunk's weight; None where not wanted."""
-        if self.weight and self.to_weight is None:
-            if self.unborn is not None:
-                self.to_weight = self.unborn.zero_()
-            else:
-                self.to_weight = torch.zeros_like(self.head.problem.weight, memory_format=torch.contiguous_format)
-        if not (isinstance(self.after, float) and self.after == 1.0):
-            for grad in (self.to_hidden, None if self.added else self.to_weight, self.to_bias):
-                if grad is not None:
-                    grad.mul_(self.after)
-        return self.to_hidden, self.to_weight, self.to_bias
-
-
-def to_inputs(
-    grads: Sequence[torch.Tensor | None], inputs: Sequence[torch.Tensor | None]
-) -> tuple[torch.Tensor | None, ...]:
-    """Gradients in the dtypes of the tensors that they are of."""
-    pairs = zip(grads, inputs, strict=True)
-    return tuple(g if g is None or x is None else g.to(x.dtype) for g, x in pairs)

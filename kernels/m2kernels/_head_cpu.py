@@ -2,13 +2,13 @@
 
 csrc/cpu/head_tiles.h multiplies and measures in one go, with the chunk's rows as vector lanes, so
 kept logits are [vocabulary, lanes]: their transpose goes into the GEMMs of the gradients. Logits are
-float32 for bfloat16 inputs too. A new weight gradient [vocabulary, D] lends its rows for them: an
-entry's logits lie where their sum will be written, so up to D rows of logits (bfloat16: half of that)
-take no memory of their own (bfloat16: a half, for their gradient), and as large a chunk saves passes
-over the weight and its gradient.
+float32 for bfloat16 inputs too. A new weight gradient [vocabulary, D] lends its first bytes for them:
+up to D rows of logits (bfloat16: half of that) take no memory of their own, and as large a chunk saves
+passes over the weight and its gradient. The gradient is then formed from its end, see `_slabs`.
 csrc/cpu/head_rows.h does logits that a caller brings.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,28 @@ _ops = torch.ops.m2kernels
 
 _LANES = 16
 _SLAB_BYTES = 16 << 20  # of logits set aside, while the weight gradient is written that they lie in
+
+
+def _slabs(vocab: int, narrow: int, wide: int, step: int) -> Iterator[tuple[slice, bool]]:
+    """Cut a matrix that is formed in the memory of its own factor.
+
+    Entry v of the factor lies at v * narrow, that of the result at v * wide, narrow <= wide. From the
+    end on, the result of a slab touches no entry of the factor that is still to be read, and but near
+    the beginning none of its own: the first slab is the share 1 - narrow / wide of all.
+
+    Args:
+        vocab: entries.
+        narrow, wide: as above.
+        step: entries that may be set aside at a time.
+
+    Yields:
+        Slabs in descending order, and whether its entries of the factor must be set aside before.
+    """
+    end = vocab
+    while end > 0:
+        start = min(-(-end * narrow // wide), max(end - step, 0))
+        yield slice(start, end), start * wide < end * narrow
+        end = start
 
 
 def _lanes(rows: torch.Tensor) -> int:
@@ -109,7 +131,8 @@ class CpuHead(HeadKernels):
     ) -> tuple[torch.Tensor, torch.dtype] | None:
         kept = None
         if keep and lend is not None:
-            kept = lend.view(torch.float32)[:, : _lanes(hidden)]
+            size = weight.shape[0], _lanes(hidden)
+            kept = lend.view(-1).view(torch.float32)[: size[0] * size[1]].view(size)
         elif keep:
             kept = hidden.new_empty(weight.shape[0], _lanes(hidden), dtype=torch.float32)
         _ops.head_tiles(hidden, weight, *_columns(settings), z_target, stats, kept)
@@ -118,19 +141,12 @@ class CpuHead(HeadKernels):
     def grad_rows(
         self, kept: Any, settings: HeadSettings, rows: RowStats, upstream: Upstream, live: LiveRows | None
     ) -> torch.Tensor:
-        """See :meth:`HeadKernels.grad_rows`; a transpose, in the memory of the logits but for lent bfloat16 ones."""
+        """See :meth:`HeadKernels.grad_rows`; a transpose, in the memory of the logits."""
         logits, dtype = kept
         part = None if live is None else live.part()
         count = len(settings.target if part is None else part)
-        out = None
-        if dtype == torch.bfloat16 and logits.is_contiguous():
-            out = logits.view(dtype)
-        elif (
-            dtype == torch.bfloat16
-        ):  # half as large, and out of the way of the GEMM that writes where the logits lie
-            out = logits.new_empty(logits.shape[0], -(-count // _LANES) * _LANES, dtype=dtype)
-        _ops.head_lanes(logits, out, *_columns(settings), *_dense(rows, upstream), part)
-        return (logits if out is None else out)[:, :count].t()
+        _ops.head_lanes(logits, dtype == torch.bfloat16, *_columns(settings), *_dense(rows, upstream), part)
+        return logits.view(dtype)[:, :count].t()
 
     def hidden_grad(self, dz: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See :meth:`HeadKernels.hidden_grad`; torch's GEMM is as fast for bfloat16."""
@@ -145,16 +161,23 @@ class CpuHead(HeadKernels):
         self, dz: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor, *, first: bool, scale: float
     ) -> None:
         """See :meth:`HeadKernels.weight_grad`."""
+        if dz.data_ptr() != total.data_ptr():
+            self._weight_grad(dz, hidden, total, first=first, scale=scale)
+            return
+        pitch, wide = dz.stride(1) * dz.element_size(), total.stride(0) * total.element_size()
+        for slab, aside in _slabs(total.shape[0], pitch, wide, max(_SLAB_BYTES // pitch, 1)):
+            part = dz[:, slab]
+            if aside:
+                part = part.t().clone(memory_format=torch.contiguous_format).t()
+            self._weight_grad(part, hidden, total[slab], first=first, scale=scale)
+
+    def _weight_grad(
+        self, dz: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor, *, first: bool, scale: float
+    ) -> None:
         if dz.dtype == torch.float32 and total.stride(1) == 1 and hidden.shape[1] % _LANES == 0:
             _ops.head_dw(dz.t(), hidden if scale == 1.0 else hidden * scale, total, not first)
-        elif dz.data_ptr() != total.data_ptr():
-            super().weight_grad(dz, hidden, total, first=first, scale=scale)
         else:
-            step = max(_SLAB_BYTES // (dz.shape[0] * dz.element_size()), 1)
-            for start in range(0, dz.shape[1], step):
-                slab = slice(start, start + step)
-                aside = dz[:, slab].t().clone(memory_format=torch.contiguous_format).t()
-                super().weight_grad(aside, hidden, total[slab], first=first, scale=scale)
+            super().weight_grad(dz, hidden, total, first=first, scale=scale)
 
     def merge(self, stats: TileStats) -> RowStats:
         """See :meth:`HeadKernels.merge`."""

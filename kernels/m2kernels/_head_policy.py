@@ -3,17 +3,16 @@
 Shared by the eager and the compiled form of :func:`m2kernels.linear_policy_loss`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from m2kernels._head import Chunk, Head, HeadGrads, HeadProblem
+from m2kernels._head import Chunk, Head, HeadProblem
+from m2kernels._head_grads import Grads, HeadGrads, WeightTarget
 from m2kernels._live_rows import LiveRows
 from m2kernels._policy_grads import PolicyTerms
 from m2kernels.linear_logprob import head_backward, row_stats
-
-Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 class LinearPolicyLoss(NamedTuple):
@@ -32,15 +31,6 @@ class LinearPolicyLoss(NamedTuple):
     metrics: dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class WeightGrad:
-    """Where the weight's gradient goes in the forward: `into`, times `scale`; `wide`: it must be float32."""
-
-    into: torch.Tensor | None = None
-    scale: float = 1.0
-    wide: bool = False
-
-
 def sequence_chunks(seq: torch.Tensor, most: int) -> list[slice] | None:
     """Chunks of whole sequences of at most `most` rows, or None when one is longer. Reads seq on the host."""
     lengths = torch.unique_consecutive(seq, return_counts=True)[1].tolist()
@@ -57,7 +47,7 @@ def sequence_chunks(seq: torch.Tensor, most: int) -> list[slice] | None:
 
 
 def loss_and_grads(
-    problem: HeadProblem, terms: PolicyTerms, needs: tuple[bool, bool, bool], target: WeightGrad
+    problem: HeadProblem, terms: PolicyTerms, needs: tuple[bool, bool, bool], target: WeightTarget
 ) -> tuple[LinearPolicyLoss, Grads]:
     """Loss, and its gradients for an upstream gradient of 1.
 
@@ -68,8 +58,7 @@ def loss_and_grads(
         target: what becomes of the weight's.
 
     Returns:
-        The result without a graph, and (d hidden, d weight, d bias): float32, but the weight's of a
-        single chunk, which has the dtype of the GEMMs; None where not wanted.
+        The result without a graph, and the gradients.
     """
     head = Head(problem)
     if not any(needs):
@@ -78,12 +67,12 @@ def loss_and_grads(
         return _finish(terms, stats.logp, stats.entropy), (None, None, None)
     cut = terms.by_token()
     width = head.widest()
-    after: float | torch.Tensor = 1.0
+    scale: float | torch.Tensor = 1.0
     if problem.dtype == torch.float16:
         # A denominator in the millions would leave nothing of a gradient in float16: it divides the float32 sums.
-        cut, after = cut.hardly_divided()
+        cut, scale = cut.hardly_divided()
         target = replace(target, wide=True)
-    grads = HeadGrads(head, needs, into=target.into, scale=target.scale, wide=target.wide, after=after)
+    grads = HeadGrads(head, needs, target, scale)
     parts = grads.chunks(head.num_rows, width)
     if cut.couples_tokens() and len(parts) > 1:
         aligned = sequence_chunks(terms.seq, head.step(width))

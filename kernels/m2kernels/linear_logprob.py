@@ -27,8 +27,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed as dist
 
-from m2kernels._head import HEAD_SCHEMA, Head, HeadGrads, HeadProblem, head_reason, to_inputs
+from m2kernels._head import HEAD_SCHEMA, Head, HeadProblem, head_reason
 from m2kernels._head_check import make_problem
+from m2kernels._head_grads import HeadGrads, to_inputs
 from m2kernels._head_kernels import RowStats, Upstream
 from m2kernels._live_rows import LiveRows
 

@@ -23,7 +23,8 @@ from torch import distributed as dist
 
 from m2kernels._head import HEAD_SCHEMA, HeadProblem, head_reason
 from m2kernels._head_check import make_problem
-from m2kernels._head_policy import LinearPolicyLoss, WeightGrad, loss_and_grads
+from m2kernels._head_grads import WeightTarget
+from m2kernels._head_policy import LinearPolicyLoss, loss_and_grads
 from m2kernels._main_grad import Counted, check_factor, check_main_grad, count
 from m2kernels._policy_grads import PolicyTerms, graph_reason, spec_from_args, spec_to_args
 from m2kernels.metrics import FINAL_METRICS, RAW_METRICS, metrics_from_stats
@@ -64,17 +65,17 @@ class _LinearPolicyLoss(torch.autograd.Function):
         needs = (hidden_, weight_, bias_)
         ctx.main_grad, ctx.grad_scale = None, call.grad_scale
         counted: Counted | None = None
-        target = WeightGrad()
+        target = WeightTarget()
         if call.main_grad is not None and needs[1]:
             if call.grad_scale is None:
                 ctx.main_grad = call.main_grad
-                target = WeightGrad(wide=True)
+                target = WeightTarget(wide=True)
             else:
                 counted = count(call.main_grad, call.problem.target)
                 if counted is None:
                     needs = (needs[0], False, needs[2])
                 else:
-                    target = WeightGrad(call.main_grad, call.grad_scale)
+                    target = WeightTarget(call.main_grad, call.grad_scale)
         ctx.counted = counted
         out, grads = loss_and_grads(call.problem, call.terms, needs, target)
         ctx.grads = (grads[0], None if target.into is not None else grads[1], grads[2])
@@ -127,7 +128,7 @@ def _fwd(*args: Any) -> tuple[torch.Tensor, ...]:
         old_logp=old_logp, advantage=advantage, seq=seq, rollout_logp=rollout_logp, ref_logp=ref_logp,
         spec=spec_from_args(*spec), per_token=per_token, denom=denom, divisor=divisor,
     )  # fmt: skip
-    out, grads = loss_and_grads(problem, terms, tuple(needs), WeightGrad())
+    out, grads = loss_and_grads(problem, terms, tuple(needs), WeightTarget())
     given = [g if g is None else g.to(_grad_dtype(x)) for g, x in zip(grads, args[:3], strict=True)]
     stats = torch.stack(tuple(out.metrics[key] for key in RAW_METRICS + FINAL_METRICS))
     return (
