@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from kernel_testing import assert_kernel
 from test_linear_policy_loss import head_case, oracle, plain_torch, run, two_ops
 
@@ -51,6 +53,8 @@ def case_of(dim, rows, dtype=torch.float32, weight_dtype=None):
         (72, torch.float32, None),  # not whole vectors: torch's GEMM, slab by slab
         (128, torch.bfloat16, None),
         (130, torch.bfloat16, None),
+        (256, torch.float32, None),  # most of the gradient lies behind the logits
+        (512, torch.bfloat16, None),
         (96, torch.bfloat16, torch.float32),
     ],
     ids=str,
@@ -70,6 +74,20 @@ def test_the_same_bits_as_in_memory_of_their_own(dim, dtype, weight_dtype, op, l
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
         else:
             assert mine.dtype == other.dtype and torch.equal(mine, other)
+
+
+@given(st.integers(0, 300), st.integers(1, 40), st.integers(0, 40), st.integers(1, 300))
+def test_no_slab_writes_what_is_still_to_be_read(vocab, narrow, more, step):
+    wide = narrow + more
+    unread = vocab
+    for slab, aside in _head_cpu._slabs(vocab, narrow, wide, step):
+        assert slab.stop == unread and 0 <= slab.start < slab.stop
+        unread = slab.start
+        written = slab.start * wide
+        assert written >= unread * narrow, "an entry that is still to be read is gone"
+        assert aside or written >= slab.stop * narrow, "the slab writes its own factor"
+        assert not aside or slab.stop - slab.start <= step
+    assert unread == 0
 
 
 def test_two_threads(lent, monkeypatch):
