@@ -1,11 +1,15 @@
 """m2kernels.tree_attention against causal attention on each sequence by itself, in float64."""
 
+import importlib
+import warnings
+
 import pytest
 import torch
 from forests import dialogues, forests, long_forest, replies
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernel_testing import assert_kernel, threads
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from tree_cases import EPS, assert_matches, assert_sampled, inputs, leaf_oracle, oracle, run
 
@@ -237,3 +241,21 @@ def test_bad_arguments(change, message):
 def test_doctor_lists_it():
     report = mk.doctor()["tree_attention"]
     assert report["cpu"] is None and report["torch"] is None and "no cuda kernel" in report["cuda"]
+
+
+def test_the_reference_on_a_gpu_is_nobody_s_silent_choice(monkeypatch):
+    module = importlib.import_module("m2kernels.tree_attention")
+    monkeypatch.setattr(module, "_tree_attention_torch", lambda q, *rest: (q, None))
+    module._warn_of_reference.cache_clear()
+    plan = mk.plan_tree([[1, 2, 3], [1, 2]])
+    with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        q, kv = (torch.empty(plan.num_rows, heads, 16, device="cuda") for heads in (4, 2))
+        reason = module.unsupported_reason("triton", q, plan)
+        if reason is None:
+            pytest.skip("triton can")
+        mk.tree_attention(q, kv, kv, plan, backend="torch")
+        assert not caught
+        for _ in range(2):
+            mk.tree_attention(q, kv, kv, plan)
+    assert len(caught) == 1 and reason in str(caught[0].message)

@@ -171,6 +171,19 @@ def test_the_number_of_micro_batches_that_was_asked_for_is_not_met_by_empty_ones
     assert [len(one) for one in plan.members[0]] == [2, 2, 2, 2]
 
 
+def test_a_long_pipeline_would_rather_repeat_a_prompt_than_wait_for_one_large_micro_batch() -> None:
+    group = [list(range(100, 200)) + [i] * 50 for i in range(4)]
+    batch = batch_of([*group, [7] * 30])
+    recipe = make_recipe(micro_batches=2, micro_batch_tokens=1024)
+
+    def tokens(pp: int) -> list[int]:
+        learner = recipe.learner.model_copy(update={"pp": pp})
+        return plan_step(batch, recipe.model_copy(update={"learner": learner}), Costs(0.0, 0.0)).tokens[0]
+
+    assert tokens(1) == [300, 30]  # 330 in all
+    assert tokens(4) == [230, 200]  # 430, but the largest counts four times: 1120 and not 1230
+
+
 def test_paths_that_repeat_are_planned_in_few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long prompts leave room for two replies a micro-batch: far more of them than the tokens alone would fill."""
     groups, cap = 24, 82
