@@ -41,6 +41,12 @@ class FakeServer:
     async def set_weight_version(self, version: str) -> None:
         self.version = version
 
+    async def weight_version(self) -> str:
+        return self.version
+
+    async def call(self, *_: Any) -> None:
+        pass
+
     async def check(self) -> None:
         pass
 
@@ -164,6 +170,76 @@ def test_a_closing_pool_starts_nothing(mortal_pool: EnginePool, monkeypatch: pyt
     with pytest.raises(EngineLost, match=r"ended by close\(\)"):
         generate(mortal_pool)
     assert mortal_pool.restarts_total == 1
+
+
+@pytest.fixture
+def given_server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
+    """A server of `rollout.urls`."""
+    server = FakeServer()
+    server.published.set()
+    monkeypatch.setattr(engine, "EngineClient", lambda *_: server)
+    monkeypatch.setattr(engine, "FileSync", FakeSync)
+    monkeypatch.setattr(engine, "_AWAIT_S", 0.02)
+    return server
+
+
+def url_pool(model: Path, run_dir: Path, **rollout: Any) -> EnginePool:
+    return EnginePool(tiny_recipe(weight_transfer="file", urls=["http://127.0.0.1:1"], **rollout), model, run_dir)
+
+
+def test_a_given_server_that_comes_back_gets_the_weights_before_any_request(
+    given_server: FakeServer, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, pool, weights = given_server, url_pool(tiny_model, tmp_path), tmp_path / "w.safetensors"
+    weights.write_bytes(b"w")
+
+    async def scenario() -> list[Generation]:
+        await pool.start()
+        await pool.update_weights(weights, "step-1")
+        server.alive = False
+        asked = [asyncio.create_task(pool.generate([1], max_tokens=1, temperature=1.0, seed=i)) for i in range(5)]
+        await asyncio.sleep(0.1)
+        assert not any(task.done() for task in asked)
+        server.version, server.alive = "initial", True  # somebody started it again
+        return await asyncio.gather(*asked)
+
+    found = asyncio.run(scenario())
+    assert [span.version for one in found for span in one.weight_versions] == ["step-1"] * 5
+    assert pool.restarts_total == 0
+    assert [record.getMessage() for record in caplog.records if record.name == engine.__name__] == [
+        "http://127.0.0.1:1 is lost (gone): waiting up to 240 s for it",
+        "http://127.0.0.1:1 is back and holds this run's weights again",
+    ]
+
+
+def test_before_the_first_update_a_given_server_must_come_back_with_the_same_weights(
+    given_server: FakeServer, tiny_model: Path, tmp_path: Path
+) -> None:
+    server, pool = given_server, url_pool(tiny_model, tmp_path)
+
+    async def scenario(version: str) -> Generation:
+        server.alive = False
+        asked = asyncio.create_task(pool.generate([1], max_tokens=1, temperature=1.0, seed=0))
+        await asyncio.sleep(0.1)
+        server.version, server.alive = version, True
+        return await asked
+
+    asyncio.run(pool.start())
+    assert asyncio.run(scenario("initial")).token_ids == [1]
+    with pytest.raises(EngineError, match="holds weights 'others'; rollout.urls held 'initial' so far"):
+        asyncio.run(scenario("others"))
+
+
+def test_a_given_server_that_stays_away_ends_the_run(
+    given_server: FakeServer, tiny_model: Path, tmp_path: Path
+) -> None:
+    pool = url_pool(tiny_model, tmp_path, start_timeout_s=0.2)
+    asyncio.run(pool.start())
+    given_server.alive = False
+    with pytest.raises(
+        EngineError, match=r"did not come back within rollout.start_timeout_s = 0.2 s; last cause: gone"
+    ):
+        generate(pool)
 
 
 def test_tokens_of_other_weights_end_the_run(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ __all__ = ["EngineError", "EngineLost", "EnginePool"]
 
 log = logging.getLogger(__name__)
 _BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+_AWAIT_S = 1.0
+"""Between two looks for a given server that is gone."""
 
 
 class _Slot:
@@ -141,7 +143,7 @@ class EnginePool:
         """Sample one continuation; temperature 0 is greedy.
 
         A request whose engine dies is repeated with the same seed on the restarted engine, which has the current
-        weights by then: a run goes on and no dialogue is lost.
+        weights by then: a run goes on and no dialogue is lost. A server of `rollout.urls` is waited for instead.
 
         Args:
             prompt_ids: the whole prompt.
@@ -230,7 +232,7 @@ class EnginePool:
         """Name the pool's weights as a given server does: they may be anyone's until this run sends its own."""
         if self._adopted not in (None, version):
             raise EngineError(
-                f"{url} holds weights {version!r}, another one of rollout.urls holds {self._adopted!r}; restart them "
+                f"{url} holds weights {version!r}; rollout.urls held {self._adopted!r} so far: start all of them "
                 "from the same model"
             )
         self._adopted = self._version = version
@@ -308,13 +310,49 @@ class EnginePool:
                 return
             if self._closing:
                 raise err
-            if slot.spec is None or await self._transient(slot):
-                if attempt >= len(_BACKOFF_S):
-                    raise EngineError(f"engine {slot.index} gave out: {err}") from err
-            else:
+            if slot.spec is None:
+                if await self._rejoin(slot, err):
+                    return
+            elif not await self._transient(slot):
                 await self._restart(slot, err)
                 return
+            if attempt >= len(_BACKOFF_S):
+                raise EngineError(f"engine {slot.index} gave out: {err}") from err
         await asyncio.sleep(_BACKOFF_S[attempt])  # not under the lock: many requests wait side by side
+
+    async def _rejoin(self, slot: _Slot, err: EngineLost) -> bool:
+        """Wait until a given server answers; whether it had lost the pool's weights and was given them again.
+
+        Whoever runs the servers of `rollout.urls` restarts them too (Slurm, Kubernetes); one that is back holds the
+        weights that it was started from.
+
+        Raises:
+            EngineError: it does not come back within `rollout.start_timeout_s`, or not as one that fits the run.
+        """
+        limit = self._recipe.rollout.start_timeout_s
+        deadline = time.monotonic() + limit
+        told = False
+        while not self._closing:
+            client = slot.ready()
+            try:
+                if await client.healthy():
+                    if await client.weight_version() == self._version:
+                        return False
+                    await self._open(slot)
+                    log.warning("%s is back and holds this run's weights again", client.url)
+                    return True
+            except EngineLost as again:
+                err = again
+            if time.monotonic() > deadline:
+                raise EngineError(
+                    f"{client.url} (rollout.urls) did not come back within rollout.start_timeout_s = {limit:g} s; "
+                    f"last cause: {err}"
+                ) from err
+            if not told:
+                log.warning("%s is lost (%s): waiting up to %g s for it", client.url, err, limit)
+                told = True
+            await asyncio.sleep(_AWAIT_S)
+        raise err
 
     async def _restart(self, slot: _Slot, err: EngineLost) -> None:
         """Start a dead engine again; one that dies while it starts too, as long as there are restarts left.
