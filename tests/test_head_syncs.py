@@ -93,10 +93,11 @@ def make_terms(live):
 def test_policy_loss_waits_behind_each_chunks_row_kernel(journal, monkeypatch, rows, live):
     problem, terms = make_problem(rows), make_terms(live)
     with Reads(journal):
-        out, grads = loss_and_grads(problem, terms, (True, True, False), WeightTarget())
+        out, sums = loss_and_grads(problem, terms, (True, True, False), WeightTarget())
     assert journal == ["sent", "row kernel", "waited"] * CHUNKS
     monkeypatch.undo()  # as on a CPU, where a number costs nothing to read
     want, exact = loss_and_grads(problem, terms, (True, True, False), WeightTarget())
+    grads, exact = sums.finish(), exact.finish()
     assert torch.equal(out.logp, want.logp) and torch.equal(out.loss, want.loss)
     for got, expected in zip(grads[:2], exact[:2], strict=True):
         torch.testing.assert_close(got, expected)

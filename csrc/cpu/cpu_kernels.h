@@ -35,6 +35,19 @@ using HeadProductFn = void (*)(const HeadProduct&, int64_t begin, int64_t end);
 constexpr int64_t kProductLanes = 48;  // columns of a block of dX and dW
 constexpr int64_t kProductRows = 256;  // rows of a block of dX
 
+constexpr int64_t kDotColumns = 64;   // of a strip of dX
+constexpr int64_t kDotBlockRows = 6;  // of dX
+constexpr int64_t kDotDepth = 256;    // entries of the vocabulary in one chain of sums
+
+// Strips [begin, end) of dX in bfloat16; scratch holds kDotDepth / 2 * (rows rounded up to blocks).
+using HeadDotFn = void (*)(const HeadDot&, uint32_t* scratch, int64_t begin, int64_t end);
+
+// With bf16 dot products; hidden of HeadGemm is packed as pairs then.
+struct Bf16Kernels {
+  HeadTilesFn head_tiles;
+  HeadDotFn head_dx;
+};
+
 struct CpuKernels {
   const char* name;
   PolicyBlockFn policy_block;
@@ -51,15 +64,15 @@ extern const CpuKernels kBaselineKernels;
 #if defined(__x86_64__)
 extern const CpuKernels kAvx2Kernels;
 extern const CpuKernels kAvx512Kernels;
-extern const HeadTilesFn kHeadTilesBf16;  // hidden packed as bf16 pairs; needs avx512_bf16
+extern const Bf16Kernels kBf16Kernels;  // needs avx512_bf16
 #endif
 
 // The kernels for this machine, or for M2KERNELS_CPU_ISA (baseline | avx2 | avx512); throws
 // std::runtime_error when that names one this machine cannot run.
 const CpuKernels& cpu_kernels();
 
-// kHeadTilesBf16 where cpu_kernels() is avx512 and the machine has the instruction, else null.
-HeadTilesFn head_tiles_bf16();
+// kBf16Kernels where cpu_kernels() is avx512 and the machine has the instructions, else null.
+const Bf16Kernels* bf16_kernels();
 
 void policy_loss_cpu(const PolicyLossArgs& args);
 void policy_loss_bwd_cpu(float grad, const float* saved, int64_t n, float* out);
@@ -72,6 +85,7 @@ void head_tiles_cpu(const HeadGemm& gemm, bool dot);
 void head_lanes_cpu(HeadLaneGrad grad, const HeadLogits& rows, const HeadGradArgs& args,
                     const int64_t* live, int64_t lanes);
 void head_dx_cpu(const HeadProduct& product);
+void head_dx_cpu(const HeadDot& product);
 void head_dw_cpu(HeadProduct product);
 void head_stats_cpu(const HeadLogits& logits, const HeadTileOut& out);
 void head_grad_cpu(const HeadLogits& logits, const HeadGradArgs& args);

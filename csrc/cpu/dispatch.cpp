@@ -99,10 +99,10 @@ const CpuKernels& cpu_kernels() {
   return chosen;
 }
 
-HeadTilesFn head_tiles_bf16() {
+const Bf16Kernels* bf16_kernels() {
 #if defined(__x86_64__)
   static const bool there = __builtin_cpu_supports("avx512bf16");
-  if (there && &cpu_kernels() == &kAvx512Kernels) return kHeadTilesBf16;
+  if (there && &cpu_kernels() == &kAvx512Kernels) return &kBf16Kernels;
 #endif
   return nullptr;
 }

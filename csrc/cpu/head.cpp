@@ -135,7 +135,7 @@ void head_pack_cpu(const HeadRows& h, int64_t groups, uint16_t* out) {
 }
 
 void head_tiles_cpu(const HeadGemm& gemm, bool dot) {
-  const HeadTilesFn run = dot ? head_tiles_bf16() : cpu_kernels().head_tiles;
+  const HeadTilesFn run = dot ? bf16_kernels()->head_tiles : cpu_kernels().head_tiles;
   const int64_t tiles = (gemm.vocab + kHeadTile - 1) / kHeadTile;
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t b, int64_t e) {
     std::vector<float> scratch(gemm.weight_bf16 && !dot ? kHeadTile * gemm.depth : 0);
@@ -189,6 +189,15 @@ void head_dx_cpu(const HeadProduct& p) {
   const int64_t blocks = (p.rows + kProductRows - 1) / kProductRows *
                          ((p.depth + kProductLanes - 1) / kProductLanes);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t b, int64_t e) { cpu_kernels().head_dx(p, b, e); });
+}
+
+void head_dx_cpu(const HeadDot& p) {
+  const int64_t strips = (p.depth + kDotColumns - 1) / kDotColumns;
+  const int64_t blocks = (p.rows + kDotBlockRows - 1) / kDotBlockRows;
+  torch::stable::parallel_for(0, strips, 1, [&](int64_t b, int64_t e) {
+    std::vector<uint32_t> scratch(static_cast<size_t>(blocks * kDotBlockRows * kDotDepth / 2));
+    bf16_kernels()->head_dx(p, scratch.data(), b, e);
+  });
 }
 
 void head_dw_cpu(HeadProduct p) {

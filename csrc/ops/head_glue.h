@@ -132,7 +132,7 @@ void head_tiles_op(const Tensor& hidden, const Tensor& weight, const Tensor& tar
   a.depth = depth;
   a.vocab = weight.size(0);
   STD_TORCH_CHECK(num_valid >= 0 && num_valid <= a.vocab, "num_valid: out of range");
-  const bool dot = bf16 && depth % 2 == 0 && head_tiles_bf16() != nullptr;
+  const bool dot = bf16 && depth % 2 == 0 && bf16_kernels() != nullptr;
   Tensor packed = new_floats(hidden, {a.groups * depth * 16},
                              dot ? ScalarType::BFloat16 : ScalarType::Float);
   const HeadRows from = {hidden.const_data_ptr(), a.rows, depth, hidden.stride(0), bf16};
@@ -199,11 +199,13 @@ void head_lanes_op(const Tensor& kept, bool bf16, const Tensor& target,
   if (count > 0) head_lanes_cpu(a, rows, g, picked, count);
 }
 
-// A float matrix with dense rows.
-void check_rows(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
+// A matrix with dense rows.
+void check_rows(const char* name, const Tensor& t, int64_t rows, int64_t columns,
+                ScalarType dtype = ScalarType::Float) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns &&
-                      t.scalar_type() == ScalarType::Float && (columns < 2 || t.stride(1) == 1),
-                  name, ": expected a float32 matrix [", rows, ", ", columns, "] with dense rows");
+                      t.scalar_type() == dtype && (columns < 2 || t.stride(1) == 1),
+                  name, ": expected a matrix [", rows, ", ", columns, "] with dense rows, of float32, ",
+                  "or of bfloat16 with its fellow");
 }
 
 HeadProduct head_product(const Tensor& dz, const Tensor& other, const Tensor& out, bool add) {
@@ -223,7 +225,27 @@ HeadProduct head_product(const Tensor& dz, const Tensor& other, const Tensor& ou
   return p;
 }
 
+void head_dx_bf16(const Tensor& dz, const Tensor& weight, const Tensor& out) {
+  HeadDot p;
+  p.vocab = dz.size(0);
+  p.rows = dz.size(1);
+  p.depth = weight.size(1);
+  STD_TORCH_CHECK(bf16_kernels() != nullptr, "dz: this machine has no bfloat16 dot products");
+  STD_TORCH_CHECK(p.depth % 32 == 0, "depth: expected a multiple of 32, got ", p.depth);
+  check_rows("dz", dz, p.vocab, p.rows, ScalarType::BFloat16);
+  check_rows("weight", weight, p.vocab, p.depth, ScalarType::BFloat16);
+  check_rows("out", out, p.rows, p.depth);
+  p.dz = static_cast<const uint16_t*>(dz.const_data_ptr());
+  p.dz_stride = dz.stride(0);
+  p.weight = static_cast<const uint16_t*>(weight.const_data_ptr());
+  p.weight_stride = weight.stride(0);
+  p.out = static_cast<float*>(out.mutable_data_ptr());
+  p.out_stride = out.stride(0);
+  if (p.rows > 0 && p.vocab > 0) head_dx_cpu(p);
+}
+
 void head_dx_op(const Tensor& dz, const Tensor& weight, const Tensor& out) {
+  if (dz.scalar_type() == ScalarType::BFloat16) return head_dx_bf16(dz, weight, out);
   const HeadProduct p = head_product(dz, weight, out, false);
   check_rows("weight", weight, p.vocab, p.depth);
   check_rows("out", out, p.rows, p.depth);

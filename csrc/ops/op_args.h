@@ -182,6 +182,19 @@ struct HeadProduct {
   bool add;  // to what `out` holds
 };
 
+// dX of bfloat16 factors.
+struct HeadDot {
+  const uint16_t* dz;  // [vocab, rows]
+  int64_t dz_stride;
+  int64_t vocab;
+  int64_t rows;
+  int64_t depth;           // a multiple of 32
+  const uint16_t* weight;  // [vocab, depth]
+  int64_t weight_stride;
+  float* out;  // [rows, depth]
+  int64_t out_stride;
+};
+
 struct HeadGradArgs {
   const float* log_norm;      // [rows], with log_norm_low the log-sum-exp
   const float* log_norm_low;  // [rows]

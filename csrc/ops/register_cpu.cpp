@@ -28,6 +28,8 @@ int64_t cpu_isa(const Tensor&) {
   return name == '2' ? 1 : name == '5' ? 2 : 0;
 }
 
+bool cpu_bf16_dot(const Tensor&) { return bf16_kernels() != nullptr; }
+
 }  // namespace
 }  // namespace m2k
 
@@ -64,6 +66,7 @@ STABLE_TORCH_LIBRARY(m2kernels, m) {
       "Tensor log_norm, Tensor log_norm_low, Tensor logp, Tensor? entropy, Tensor grad_logp, "
       "Tensor? grad_entropy) -> ()");
   m.def("cpu_isa(Tensor of) -> int");
+  m.def("cpu_bf16_dot(Tensor of) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(m2kernels, CPU, m) {
@@ -76,4 +79,5 @@ STABLE_TORCH_LIBRARY_IMPL(m2kernels, CPU, m) {
   m.impl("head_merge", TORCH_BOX(&m2k::head_merge_op));
   m.impl("head_grad", TORCH_BOX(&m2k::head_grad_op));
   m.impl("cpu_isa", TORCH_BOX(&m2k::cpu_isa));
+  m.impl("cpu_bf16_dot", TORCH_BOX(&m2k::cpu_bf16_dot));
 }

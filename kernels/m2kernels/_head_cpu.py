@@ -15,7 +15,7 @@ import torch
 
 from m2kernels._head_kernels import HeadKernels, HeadSettings, RowStats, TileStats, Upstream
 from m2kernels._live_rows import LiveRows
-from m2kernels._native import CPU_ERROR
+from m2kernels._native import CPU_ERROR, cpu_bf16_dot
 
 _ops = torch.ops.m2kernels
 
@@ -149,11 +149,12 @@ class CpuHead(HeadKernels):
         return logits.view(dtype)[:, :count].t()
 
     def hidden_grad(self, dz: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """See :meth:`HeadKernels.hidden_grad`; torch's GEMM is as fast for bfloat16."""
-        if dz.dtype != torch.float32 or weight.shape[1] % _LANES:
+        """See :meth:`HeadKernels.hidden_grad`."""
+        width = _LANES if dz.dtype == torch.float32 else 2 * _LANES
+        if weight.shape[1] % width or (dz.dtype != torch.float32 and not cpu_bf16_dot()):
             return super().hidden_grad(dz, weight)
         new = dz.new_empty if weight.shape[0] else dz.new_zeros  # an empty sum is zero
-        out = new(dz.shape[0], weight.shape[1])
+        out = new(dz.shape[0], weight.shape[1], dtype=torch.float32)
         _ops.head_dx(dz.t(), weight, out)
         return out
 

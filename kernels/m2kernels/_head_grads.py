@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -68,25 +69,42 @@ class WeightSum:
         return self.fresh
 
     def add(self, dz: torch.Tensor, hidden: torch.Tensor, scale: float) -> None:
-        """Add dz^T hidden of a chunk; to `target.into` times its own factor and `scale`."""
+        """Add scale * dz^T hidden of a chunk; to `target.into` times its own factor too."""
+        first = self.total is None
         if self.total is None:
             self.total = self._memory()
-            self.head.kernels.weight_grad(dz, hidden, self.total, first=True, scale=1.0)
-        else:
-            factor = 1.0 if self.target.into is None else self.target.scale * scale
-            self.head.kernels.weight_grad(dz, hidden, self.total, first=False, scale=factor)
+        self.head.kernels.weight_grad(dz, hidden, self.total, first=first, scale=self.target.scale * scale)
 
-    def finish(self, scale: float | torch.Tensor) -> torch.Tensor:
-        """The sum; a new one is multiplied by `scale` now."""
-        if self.total is None:
-            return self._memory().zero_()
-        if self.target.into is None:
-            _scale(self.total, scale)
-        return self.total
+    def finish(self, scale: float | torch.Tensor, into: torch.Tensor | None) -> torch.Tensor | None:
+        """The sum times `scale`, or None after adding it to `into`; what is in `target.into` stays as it is."""
+        if into is None:
+            if self.total is None:
+                return self._memory().zero_()
+            if self.target.into is None:
+                _scale(self.total, scale)
+            return self.total
+        if self.total is not None and self.total is not into:
+            if isinstance(scale, float):
+                into.add_(self.total, alpha=scale)
+            else:
+                into.addcmul_(self.total, scale)
+        return None
+
+
+class Part(NamedTuple):
+    """What a chunk adds: dz [C, Vl] and hidden [C, D], rows `positions` of the problem's hidden."""
+
+    dz: torch.Tensor
+    hidden: torch.Tensor
+    positions: slice | torch.Tensor
 
 
 class HeadGrads:
-    """Sums over chunks of the gradients of hidden, weight and bias.
+    """Sums over chunks of the gradients of hidden, weight and bias, times a factor that is known at the end.
+
+    The weight's is the large one, and a pass over it for the factor's sake costs as much as half a GEMM. So a chunk
+    that is alone waits on a CPU as dz until the factor is there for the GEMM to multiply by; until then dz is all
+    there is in memory, and of a loss without a backward no gradient is ever formed.
 
     Args:
         head: what the chunks are of.
@@ -105,7 +123,9 @@ class HeadGrads:
         p = head.problem
         target = WeightTarget() if target is None else target
         assert target.into is None or isinstance(scale, float)
-        self.head, self.scale = head, scale
+        self.head, self.scale, self.added = head, scale, target.into is not None
+        self.waits = False
+        self.waiting: Part | None = None
 
         def zeros(like: torch.Tensor) -> torch.Tensor:
             return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
@@ -125,37 +145,60 @@ class HeadGrads:
         """There will be so many chunks."""
         if self.to_weight is not None:
             self.to_weight.cut(parts)
+            self.waits = parts == 1 and not self.added and not self.head.hidden.is_cuda
 
     def lend(self, rows: int) -> torch.Tensor | None:
         """See :meth:`WeightSum.lend`."""
         return None if self.to_weight is None else self.to_weight.lend(rows)
 
     def add(self, dz: torch.Tensor, chunk_hidden: torch.Tensor, positions: slice | torch.Tensor) -> None:
-        """Add a chunk: dz [C, Vl] and hidden [C, D], rows `positions` of the problem's hidden."""
+        """Add a :class:`Part`."""
+        part = Part(dz, chunk_hidden, positions)
+        if self.waits:
+            assert self.waiting is None, "one chunk was announced"
+            self.waiting = part
+        else:
+            self._add(part, self.scale if self.added else 1.0)
+
+    def _add(self, part: Part, scale: float | torch.Tensor) -> None:
+        """Form the products; that of the weight times `scale`."""
+        dz, positions = part.dz, part.positions
         if self.to_hidden is not None:
-            part = self.head.kernels.hidden_grad(*self._valid(dz)).float()
+            rows = self.head.kernels.hidden_grad(*self._valid(dz)).float()
             if isinstance(positions, slice):
-                self.to_hidden[positions] += part
-            elif part.is_cuda:  # index_add adds in any order there
-                self.to_hidden.index_put_((positions.long(),), part, accumulate=True)
+                self.to_hidden[positions] += rows
+            elif rows.is_cuda:  # index_add adds in any order there
+                self.to_hidden.index_put_((positions.long(),), rows, accumulate=True)
             else:
-                self.to_hidden.index_add_(0, positions, part)
+                self.to_hidden.index_add_(0, positions, rows)
         if self.to_bias is not None:
             self.to_bias += dz.sum(dim=0, dtype=torch.float32)
         if self.to_weight is not None:  # the last: dz may lie in its memory
-            self.to_weight.add(dz, chunk_hidden, self.scale if isinstance(self.scale, float) else 1.0)
+            self.to_weight.add(dz, part.hidden, float(scale))
 
     def _valid(self, dz: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """dz and the weight without padding, whose zero gradient would not hide a NaN in the weight."""
         valid, weight = self.head.num_valid, self.head.weight
         return (dz, weight) if valid == weight.shape[0] else (dz[:, :valid], weight[:valid])
 
-    def finish(self) -> Grads:
-        """The sums."""
+    def finish(self, factor: float | torch.Tensor = 1.0, into: torch.Tensor | None = None) -> Grads:
+        """The sums times `factor`, once.
+
+        Args:
+            factor: what has gone into `target.into` stays without it.
+            into: float32 [Vl, D] that the weight's is added to; there is then none to return.
+        """
+        scale = self.scale * factor
+        rest = scale  # of the weight's
+        if self.waiting is not None:
+            assert self.to_weight is not None
+            self.to_weight.total = into
+            self._add(self.waiting, scale)
+            self.waiting, rest = None, 1.0
         for grad in (self.to_hidden, self.to_bias):
             if grad is not None:
-                _scale(grad, self.scale)
-        to_weight = None if self.to_weight is None else self.to_weight.finish(self.scale)
+                _scale(grad, scale)
+        to_weight = None if self.to_weight is None else self.to_weight.finish(rest, into)
         return self.to_hidden, to_weight, self.to_bias
 
 

@@ -192,7 +192,7 @@ class HeadKernels:
     def weight_grad(
         self, dz: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor, *, first: bool, scale: float
     ) -> None:
-        """total [Vl, D] = dz^T hidden if `first` (then scale is 1), else it is added, times `scale`.
+        """total [Vl, D] = scale * dz^T hidden if `first`, else it is added.
 
         `total` is float32, or of the dtype of dz; if it was lent to :meth:`forward`, dz lies in it.
         """
@@ -200,17 +200,15 @@ class HeadKernels:
             total.addmm_(dz.t(), hidden, beta=0.0 if first else 1.0, alpha=scale)
             return
         if dz.is_cuda:  # never rounded, and the sum is the GEMM's own: no pass over it (torch 2.10 and later)
-            if first:
-                torch.mm(dz.t(), hidden, out_dtype=torch.float32, out=total)
-            else:
-                torch.addmm(total, dz.t(), hidden, out_dtype=torch.float32, alpha=scale, out=total)
+            beta = 0.0 if first else 1.0
+            torch.addmm(total, dz.t(), hidden, out_dtype=torch.float32, beta=beta, alpha=scale, out=total)
             return
         step = max(_GRAD_BLOCK_BYTES // (hidden.shape[1] * 4), 1)
         for start in range(0, dz.shape[1], step):
             block, part = dz[:, start : start + step].t(), total[start : start + step]
             product = torch.mm(block, hidden)
             if first:
-                part.copy_(product)
+                torch.mul(product, scale, out=part)
             else:
                 part.add_(product, alpha=scale)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from m2kernels._head import Chunk, Head, HeadProblem
-from m2kernels._head_grads import Grads, HeadGrads, WeightTarget
+from m2kernels._head_grads import HeadGrads, WeightTarget
 from m2kernels._live_rows import LiveRows
 from m2kernels._policy_grads import PolicyTerms
 from m2kernels.linear_logprob import head_backward, row_stats
@@ -48,8 +48,8 @@ def sequence_chunks(seq: torch.Tensor, most: int) -> list[slice] | None:
 
 def loss_and_grads(
     problem: HeadProblem, terms: PolicyTerms, needs: tuple[bool, bool, bool], target: WeightTarget
-) -> tuple[LinearPolicyLoss, Grads]:
-    """Loss, and its gradients for an upstream gradient of 1.
+) -> tuple[LinearPolicyLoss, HeadGrads | None]:
+    """Loss, and the sums that finish with its gradients.
 
     Args:
         problem: the head.
@@ -58,13 +58,13 @@ def loss_and_grads(
         target: what becomes of the weight's.
 
     Returns:
-        The result without a graph, and the gradients.
+        The result without a graph, and the sums, whose factor is the upstream gradient; None when none are wanted.
     """
     head = Head(problem)
     if not any(needs):
         stats = row_stats(head, entropy=True)
         assert stats.entropy is not None
-        return _finish(terms, stats.logp, stats.entropy), (None, None, None)
+        return _finish(terms, stats.logp, stats.entropy), None
     cut = terms.by_token()
     width = head.widest()
     scale: float | torch.Tensor = 1.0
@@ -78,14 +78,14 @@ def loss_and_grads(
         aligned = sequence_chunks(terms.seq, head.step(width))
         if aligned is None:
             logp, entropy = _two_passes(head, cut, grads)
-            return _finish(terms, logp, entropy), grads.finish()
+            return _finish(terms, logp, entropy), grads
         parts = aligned
         grads.cut(len(parts))
     logp = head.hidden.new_empty(head.num_rows, dtype=torch.float32)
     entropy = torch.empty_like(logp)
     for part in parts:
         logp[part], entropy[part] = _one_chunk(head, head.gather(part), cut.take(part), part.start, grads)
-    return _finish(terms, logp, entropy), grads.finish()
+    return _finish(terms, logp, entropy), grads
 
 
 def _one_chunk(

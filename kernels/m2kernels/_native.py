@@ -5,6 +5,7 @@ are found by import machinery, so that ordinary and editable installs work alike
 torch: they hold no Python. Without them the ``torch`` backend still works.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -42,6 +43,12 @@ def cpu_isa() -> str:
     if CPU_ERROR is not None:
         raise RuntimeError(CPU_ERROR)
     return ISA_NAMES[int(torch.ops.m2kernels.cpu_isa(torch.empty(0)))]
+
+
+@functools.cache
+def cpu_bf16_dot() -> bool:
+    """Whether the CPU kernels multiply bfloat16 by dot products of pairs (AVX-512 BF16)."""
+    return CPU_ERROR is None and bool(torch.ops.m2kernels.cpu_bf16_dot(torch.empty(0)))
 
 
 def machine_reason(backend: str) -> str | None:

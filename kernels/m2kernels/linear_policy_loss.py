@@ -1,9 +1,11 @@
-"""Policy loss straight from hidden states and the LM head: loss and gradients in one forward.
+"""Policy loss straight from hidden states and the LM head: logits once, for the loss and for its gradients.
 
 The maths is that of :mod:`m2kernels.linear_logprob` followed by :mod:`m2kernels.policy_loss`. As
 d loss / d logp of a token depends on that token alone (the denominator is the caller's), a chunk's
 logits become its gradient while they are at hand: three GEMMs (logits, dX, dW) where recomputing
-takes four, and dX, dW are formed from rows with a non-zero gradient alone. Losses that couple a
+takes four, and dX, dW are formed from rows with a non-zero gradient alone. On a CPU a chunk that is the
+only one waits for the factor of backward, which the GEMMs then multiply by: a pass over dW less, and no
+GEMM in vain where no backward comes. Losses that couple a
 sequence's tokens (gspo; sequence weights of an on-policy loss) take chunks of whole sequences; where
 one sequence is longer than a chunk, all rows are done twice instead.
 
@@ -54,7 +56,7 @@ class _Call:
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
-    """Hands its gradients over in backward rather than saving copies; writes main_grad once."""
+    """Hands its gradients over in backward, times what it brings; writes main_grad once."""
 
     @staticmethod
     def forward(
@@ -77,8 +79,10 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 else:
                     target = WeightTarget(call.main_grad, call.grad_scale)
         ctx.counted = counted
-        out, grads = loss_and_grads(call.problem, call.terms, needs, target)
-        ctx.grads = (grads[0], None if target.into is not None else grads[1], grads[2])
+        out, ctx.sums = loss_and_grads(call.problem, call.terms, needs, target)
+        ctx.has_sums, ctx.added = ctx.sums is not None, target.into is not None
+        if ctx.sums is not None and ctx.sums.waiting is not None:
+            ctx.save_for_backward(hidden, weight)  # so that whoever overwrites them before backward is told
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         call.metrics = out.metrics
         ctx.mark_non_differentiable(out.logp, out.entropy)
@@ -87,21 +91,21 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
-        """Scale what the forward formed."""
-        if ctx.grads is None:
+        """Finish what the forward began."""
+        sums, ctx.sums, ctx.counted = ctx.sums, None, None
+        if sums is None and ctx.has_sums:
             raise RuntimeError(
                 f"{_OP}: a second backward; the first has handed the gradients over, call the op again"
             )
-        grads, ctx.grads, ctx.counted = list(ctx.grads), None, None
+        _ = ctx.saved_tensors
         if ctx.grad_scale is not None:
             check_factor(_OP, grad_loss, ctx.grad_scale)
-        if ctx.main_grad is not None:
-            ctx.main_grad.addcmul_(grads[1], grad_loss.to(torch.float32))
+        grads: list[torch.Tensor | None] = [None, None, None]
+        if sums is not None:
+            factor = grad_loss if grad_loss.is_cuda else float(grad_loss)
+            grads = list(sums.finish(factor, ctx.main_grad))
+        if ctx.added:
             grads[1] = None
-        if grad_loss.is_cuda or float(grad_loss) != 1.0:
-            for g in grads:
-                if g is not None:
-                    g.mul_(grad_loss)
         return *(g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)), None
 
 
@@ -128,7 +132,8 @@ def _fwd(*args: Any) -> tuple[torch.Tensor, ...]:
         old_logp=old_logp, advantage=advantage, seq=seq, rollout_logp=rollout_logp, ref_logp=ref_logp,
         spec=spec_from_args(*spec), per_token=per_token, denom=denom, divisor=divisor,
     )  # fmt: skip
-    out, grads = loss_and_grads(problem, terms, tuple(needs), WeightTarget())
+    out, sums = loss_and_grads(problem, terms, tuple(needs), WeightTarget())
+    grads = (None, None, None) if sums is None else sums.finish()
     given = [g if g is None else g.to(_grad_dtype(x)) for g, x in zip(grads, args[:3], strict=True)]
     stats = torch.stack(tuple(out.metrics[key] for key in RAW_METRICS + FINAL_METRICS))
     return (
