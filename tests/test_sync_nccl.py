@@ -9,7 +9,7 @@ import sys
 import threading
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -244,9 +244,22 @@ class Recorder:
         self.closed = True
 
 
+class Healthy:
+    """In EngineClient's place: a server that holds the weights that the pool thinks it holds."""
+
+    def __init__(self, slot: Any) -> None:
+        self._slot, self.url = slot, slot.url
+
+    async def healthy(self) -> bool:
+        return True
+
+    async def weight_version(self) -> str:
+        return str(self._slot.held)
+
+
 @pytest.fixture
 def nccl_pool(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path) -> EnginePool:
-    """Two engines by URL on what looks like a GPU machine; nothing answers there."""
+    """Two engines by URL on what looks like a GPU machine."""
     monkeypatch.setattr(engine, "on_cpu", lambda: False)
     monkeypatch.setattr("m2train.sync.nccl.NcclSync", Recorder)
     monkeypatch.setattr(engine, "_BACKOFF_S", (0.0, 0.0, 0.0))
@@ -255,7 +268,7 @@ def nccl_pool(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path)
     urls = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
     pool = EnginePool(parse({"rollout": {"urls": urls}}), tiny_model, tmp_path)
     for slot in pool._slots:
-        slot.client = engine.EngineClient(slot.url, 1.0)
+        slot.client = cast(engine.EngineClient, Healthy(slot))
         slot.sync = pool._make_sync(slot.client)
     return pool
 

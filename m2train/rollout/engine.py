@@ -36,6 +36,8 @@ class _Slot:
         self.process: ServerProcess | None = None
         self.client: EngineClient | None = None
         self.sync: WeightSync | None = None
+        self.held = ""
+        """Version of the weights that it was last known to hold."""
         self.lock = asyncio.Lock()
         self.life = 0
         """Counts starts: a request that failed in an earlier life need not start the engine again."""
@@ -227,6 +229,7 @@ class EnginePool:
             await client.set_weight_version(self._version)
         else:
             self._adopt(url, await client.weight_version())
+        slot.held = self._version
 
     def _adopt(self, url: str, version: str) -> None:
         """Name the pool's weights as a given server does: they may be anyone's until this run sends its own."""
@@ -262,7 +265,10 @@ class EnginePool:
             try:
                 if self._fan_out is None:
                     self._fan_out = self._make_group()
-                return await self._fan_out.publish(self._unchanged_source(), self._version)
+                times = await self._fan_out.publish(self._unchanged_source(), self._version)
+                for slot in self._slots:
+                    slot.held = self._version
+                return times
             except EngineLost as err:
                 self._drop_group()
                 await asyncio.gather(
@@ -273,7 +279,9 @@ class EnginePool:
     async def _publish(self, slot: _Slot) -> dict[str, float]:
         if slot.sync is None:
             raise AssertionError("EnginePool.start() must come first")
-        return await slot.sync.publish(self._unchanged_source(), self._version)
+        times = await slot.sync.publish(self._unchanged_source(), self._version)
+        slot.held = self._version
+        return times
 
     def _unchanged_source(self) -> Path:
         if self._source is None:
@@ -321,7 +329,7 @@ class EnginePool:
         await asyncio.sleep(_BACKOFF_S[attempt])  # not under the lock: many requests wait side by side
 
     async def _rejoin(self, slot: _Slot, err: EngineLost) -> bool:
-        """Wait until a given server answers; whether it had lost the pool's weights and was given them again.
+        """Wait until a given server answers; whether it had lost its weights and was given the pool's.
 
         Whoever runs the servers of `rollout.urls` restarts them too (Slurm, Kubernetes); one that is back holds the
         weights that it was started from.
@@ -336,7 +344,7 @@ class EnginePool:
             client = slot.ready()
             try:
                 if await client.healthy():
-                    if await client.weight_version() == self._version:
+                    if await client.weight_version() in (slot.held, self._version):
                         return False
                     await self._open(slot)
                     log.warning("%s is back and holds this run's weights again", client.url)
