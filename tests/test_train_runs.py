@@ -302,6 +302,7 @@ def test_rollouts_apart_from_training_and_a_kill_between(
     pool: Any, engine_url: str, recipe: Path, tmp_path: Path
 ) -> None:
     live = ["--set", f"rollout.urls=['{engine_url}']", "--set", "steps=2"]
+    live += ["--set", "rollout.concurrency=1"]  # replies come one by one: there is time to kill between them
     first, second = tmp_path / "a", tmp_path / "b"
     code, out = TaggedRun("train", recipe, "--run-dir", first, "--rollouts-only", *live).wait()
     assert code == 0, out
