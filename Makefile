@@ -17,7 +17,10 @@ NATIVE  := $(VENV)/.native-$(MODULES)
 TRITONS     := 3.6.0 3.7.1
 TRITON_TEST := .triton/$(lastword $(TRITONS))
 
-.PHONY: demo test test-all test-triton setup lint types check-sm90 check-sm90-cuda check-sm90-triton
+# What Python 3.12 and later take; its wheel runs under 3.11 too. It imports Triton.
+MEGATRON := .megatron/0.19.2
+
+.PHONY: demo test test-all test-triton test-megatron setup lint types check-sm90 check-sm90-cuda check-sm90-triton
 .PHONY: wheel wheel-check gpu-check gpu-wheels clean
 demo: setup
 	$(VENV)/bin/m2train train recipes/demo.toml --run-dir runs/demo-$(SEED) --set seed=$(SEED) --restart
@@ -28,7 +31,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadgroup --no-loadsc
 test: $(VENV)/.dev test-triton
 	$(PYTEST) -m "not slow"
 
-test-all: $(VENV)/.dev test-triton
+test-all: $(VENV)/.dev test-triton test-megatron
 	$(PYTEST)
 
 # The Triton kernels in Triton's interpreter, on CPU tensors: apart, for the mode is fixed at import.
@@ -36,6 +39,13 @@ test-triton: $(VENV)/.dev $(TRITON_TEST)/.done
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON_TEST) $(PYTEST) -k triton \
 	    $(wildcard tests/test_triton_*.py) tests/test_policy_loss.py tests/test_group_advantage.py \
 	    tests/dist/test_head_tp.py
+
+# The learner on the newest Megatron-core, beside the one that is installed.
+test-megatron: $(VENV)/.dev $(TRITON_TEST)/.done $(MEGATRON)/.done
+	PYTHONPATH=$(MEGATRON):$(TRITON_TEST) $(PY) -W ignore -c "import megatron.core as m; print('megatron-core', m.__version__)" \
+	    | grep -F $(notdir $(MEGATRON))
+	PYTHONPATH=$(MEGATRON):$(TRITON_TEST) $(PYTEST) tests/test_learner_config.py tests/test_tree_training.py \
+	    tests/dist/test_learner_layouts.py tests/dist/test_learner_client.py
 
 setup: $(NATIVE)
 
@@ -68,6 +78,12 @@ types: $(VENV)/.dev
 .PRECIOUS: .triton/%/.done
 .triton/%/.done:
 	$(PIP) --no-deps --target $(@D) triton==$*
+	touch $@
+
+.PRECIOUS: .megatron/%/.done
+.megatron/%/.done:
+	$(PIP) --no-deps --only-binary=:all: --python-version 3.12 --ignore-requires-python --target $(@D) \
+	    megatron-core==$*
 	touch $@
 
 # What the kernels become: machine code for sm_90a without a spill or a serialised wgmma. Needs no GPU.
@@ -105,4 +121,4 @@ gpu-wheels: $(VENV)/.stack
 	    $(if $(CUTE),-r requirements/gpu-wheels-cute.txt)
 
 clean:
-	rm -rf $(VENV) .triton build dist
+	rm -rf $(VENV) .triton .megatron build dist

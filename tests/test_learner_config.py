@@ -77,7 +77,9 @@ def test_padded_vocabulary_does_not_depend_on_tp(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_layer_in_first_pipeline_stage": 1}, "did you mean megatron.num_layers_in_first_pipeline_stage"),
+        ({"init_methods_std": 0.1}, "did you mean megatron.init_method_std"),
+        ({"num_layers_in_first_pipeline_stage": 1}, "cannot be set: the learner"),
+        ({"window_size": [64, 0]}, "config.json of the model"),
         ({"tensor_model_parallel_size": 2}, "learner.tp"),
         ({"calculate_per_token_loss": False}, "cannot be set"),
     ],
@@ -184,8 +186,9 @@ def test_hooks_in_installed_megatron() -> None:
         assert "return self._postprocess(" in inspect.getsource(GPTModel.forward)
 
 
-def test_output_processor_is_used_where_it_exists() -> None:
-    """The call of 0.18 and later, against a stand-in with that signature."""
+def test_output_processor_is_used_where_it_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls of 0.18 and later, by a stand-in: forward hands the processor to `_postprocess`, which calls it."""
+    from megatron.core.models.gpt import GPTModel
 
     class Newer:
         def forward(
@@ -195,18 +198,28 @@ def test_output_processor_is_used_where_it_exists() -> None:
     assert takes_output_processor(Newer)
     seen: dict[str, Any] = {}
 
+    def postprocess(self: Any, hidden_states: Any, *, output_processor: Any, output_processor_context: Any) -> Any:
+        seen["postprocess"] = hidden_states
+        return output_processor(
+            hidden_states=hidden_states,
+            output_layer=None,
+            output_weight=None,
+            labels=None,
+            context=output_processor_context,
+        )
+
+    monkeypatch.setattr(GPTModel, "_postprocess", postprocess)
+
     class Model(PolicyModel):
         def __init__(self) -> None:
             torch.nn.Module.__init__(self)
 
         def forward(self, *, output_processor: Any, output_processor_context: Any, **inputs: Any) -> Any:
             seen.update(inputs)
-            return output_processor(
+            return self._postprocess(
                 hidden_states="hidden",
-                output_layer=None,
-                output_weight=None,
-                labels=None,
-                context=output_processor_context,
+                output_processor=output_processor,
+                output_processor_context=output_processor_context,
             )
 
         def _head(self, hidden: Any) -> Any:
@@ -214,4 +227,10 @@ def test_output_processor_is_used_where_it_exists() -> None:
 
     model = Model()
     assert model.score("tokens", "packed", "rows", through=model) == ("hidden", "rows")  # type: ignore[arg-type]
-    assert seen["input_ids"] == "tokens" and seen["packed_seq_params"] == "packed"
+    assert seen == {
+        "input_ids": "tokens",
+        "position_ids": None,
+        "attention_mask": None,
+        "packed_seq_params": "packed",
+        "postprocess": "hidden",
+    }

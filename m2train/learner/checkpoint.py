@@ -83,7 +83,7 @@ def load(trainer: Trainer, path: Path) -> None:
     Raises:
         ConfigError: no checkpoint there, or one of another model.
     """
-    if not (path / "common.pt").exists():
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
         raise ConfigError(f"{path} is not a learner checkpoint")
     # A random state of another layout is not asked for: its name in the checkpoint is the layout.
     common = dist_checkpointing.load_common_state_dict(str(path))

@@ -113,7 +113,9 @@ class LearnerClient:
             "model_dir": str(self._model_dir),
             "checkpoint": str(checkpoint.absolute()) if checkpoint else None,
         }
-        for old in (self._run_dir / "learner").glob("*/"):  # sessions of earlier processes
+        # First the name: ranks that wait for a session must not find that of an earlier process, which goes now.
+        protocol.current_session(self._run_dir).unlink(missing_ok=True)
+        for old in (self._run_dir / "learner").glob("*/"):
             shutil.rmtree(old)
         write_json(self._session.recipe, setup)
         write_json(protocol.current_session(self._run_dir), {"name": self._name, "local": local})

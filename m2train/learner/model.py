@@ -40,19 +40,29 @@ _OWNED = {
     "bf16": "learner.dtype",
     "recompute_granularity": "learner.recompute",
 }
+# What the model is comes from its config.json; some of these our attention and head would not even look at.
+_MODEL = {
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "qk_layernorm", "qk_l2_norm"),
+    *("gated_linear_unit", "activation_func", "add_bias_linear", "add_qkv_bias", "attention_output_gate"),
+    *("rotary_interleaved", "no_rope_freq", "window_size", "window_attn_skip_freq", "softmax_type", "softmax_scale"),
+    *("multi_latent_attention", "num_moe_experts", "mtp_num_layers", "experimental_attention_variant"),
+}
 _FIXED = {
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
+    "attention_dropout",  # our attention has none
+    "apply_query_key_layer_scaling",
     "calculate_per_token_loss",
     "variable_seq_lengths",
     "finalize_model_grads_func",
-    "virtual_pipeline_model_parallel_size",
     "context_parallel_size",
     "defer_embedding_wgrad_compute",
+    # Layers are divided evenly over the stages (hf.stage_entries).
+    "virtual_pipeline_model_parallel_size",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
 }
 
 
@@ -102,7 +112,7 @@ def transformer_config(model: HfModel, recipe: Recipe) -> TransformerConfig:
     """Megatron's configuration for a model under a recipe.
 
     Raises:
-        ConfigError: a key of `[megatron]` is unknown, or is set by another part of the recipe.
+        ConfigError: a key of `[megatron]` is unknown, or not free to be set.
     """
     learner = recipe.learner
     dtype = DTYPES[learner.dtype]
@@ -153,7 +163,7 @@ def transformer_config(model: HfModel, recipe: Recipe) -> TransformerConfig:
 
 
 def check_megatron_keys(recipe: Recipe) -> None:
-    """Refuse keys of `[megatron]` that TransformerConfig does not have or the recipe sets elsewhere.
+    """Refuse keys of `[megatron]` that TransformerConfig does not have, or that the recipe or the model settle.
 
     Raises:
         ConfigError: with the nearest known key, or where to set it.
@@ -162,10 +172,12 @@ def check_megatron_keys(recipe: Recipe) -> None:
     for key in recipe.megatron:
         if key in _OWNED:
             raise ConfigError(f"megatron.{key} is set by {_OWNED[key]}; use that")
+        if key in _MODEL:
+            raise ConfigError(f"megatron.{key} cannot be set: it follows from the config.json of the model")
         if key in _FIXED:
             raise ConfigError(f"megatron.{key} cannot be set: the learner depends on its own value")
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(key, known - _OWNED.keys() - _MODEL - _FIXED, n=1, cutoff=0.5)
             hint = f"; did you mean megatron.{near[0]}?" if near else ""
             raise ConfigError(f"unknown key megatron.{key}: TransformerConfig has no such field{hint}")
 
@@ -210,7 +222,7 @@ def _mark_shards(policy: PolicyModel) -> None:
 class PolicyModel(GPTModel):
     """GPTModel whose last stage returns log-probs, entropies and the policy loss at chosen rows instead of logits.
 
-    From 0.18 on GPTModel.forward takes an `output_processor` that is handed the hidden states. Before, `_postprocess`
+    From 0.18 on GPTModel.forward takes an `output_processor` that is handed the hidden states; before, `_postprocess`
     is overridden. Which of the two is used depends on the signature only. Either way the fused head runs as the
     forward of `output_layer`, so that whoever hooks that module is called: DDP waits there for weights that are
     still being gathered.
@@ -264,7 +276,7 @@ class PolicyModel(GPTModel):
         return self._head(hidden_states)
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._head_rows is None:
+        if self._head_rows is None or kwargs.get("output_processor") is not None:
             return super()._postprocess(hidden_states, *args, **kwargs)
         return self._head(hidden_states) if self.post_process else hidden_states
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import Any
 
@@ -40,13 +41,18 @@ def layer_spec(config: TransformerConfig, packing: str) -> Any:
     layer.input_layernorm = RMSNorm
     layer.pre_mlp_layernorm = RMSNorm
     if config.use_te_activation_func:
-        layer.mlp.submodules.activation_func = SwiGlu
+        _mlp_submodules(layer.mlp).activation_func = SwiGlu
     attention = layer.self_attention.submodules
     attention.core_attention = ThdCoreAttention
     if config.qk_layernorm:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def _mlp_submodules(mlp: Any) -> Any:
+    """Of an MLP's spec: a ModuleSpec, from 0.17 on a partial function."""
+    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
 
 
 class RMSNorm(torch.nn.Module):

@@ -139,8 +139,9 @@ class Trainer:
             scored = self._run(batch, plan, train=True)
         forward_done = time.perf_counter()
         rate = learning_rate(self.update, self.recipe.steps * self.recipe.algo.updates_per_step, self.recipe.learner)
-        for group in self.optimizer.param_groups:
+        for group in self.optimizer.param_groups:  # as OptimizerParamScheduler.step; norms and biases do not decay
             group["lr"] = rate * group.get("lr_mult", 1.0)
+            group["weight_decay"] = self.recipe.learner.weight_decay * group.get("wd_mult", 1.0)
         with _range("optimizer"), cpu_compat.cuda_names():
             _, norm, _ = self.optimizer.step()
         self.update += 1
@@ -181,7 +182,7 @@ class Trainer:
 
     def _scored(self, batch: TrainBatch, field: str, plan: Future[StepPlan]) -> TrainBatch:
         """The batch with `field` of its samples set to their log-probs under the present weights, on every rank."""
-        found = _share(self.logprobs(batch, plan), self.control)
+        found = _share(self.logprobs(batch, plan), [s.reply_length for s in batch.samples], self.control)
         samples = [replace(s, **{field: logp}) for s, logp in zip(batch.samples, found, strict=True)]  # type: ignore[arg-type]
         return replace(batch, samples=samples)
 
@@ -345,10 +346,12 @@ def _by_sample(batch: TrainBatch, scored: list[Scored]) -> list[torch.Tensor]:
     return [found[i] for i in range(len(batch.samples))]
 
 
-def _share(logp: list[torch.Tensor], group: dist.ProcessGroup | None) -> list[torch.Tensor]:
-    box = [logp]
+def _share(logp: list[torch.Tensor], sizes: list[int], group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+    """Rank 0's log-probs on every rank; as one tensor, for a pickled view takes all of its storage along."""
+    box = [torch.cat(logp) if logp else None]
     dist.broadcast_object_list(box, src=0, group=group)
-    return box[0]
+    assert box[0] is not None
+    return list(box[0].split(sizes))
 
 
 @contextmanager

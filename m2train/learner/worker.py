@@ -131,7 +131,12 @@ def _take_session(run_dir: Path, name: str | None) -> tuple[str, bool]:
         current = read_json(protocol.current_session(run_dir))
         if current is not None and not current["local"]:
             session = Session(run_dir, current["name"])
-            if write_first(session.served, {"host": os.uname().nodename, "pid": os.getpid()}):
+            try:
+                taken = write_first(session.served, {"host": os.uname().nodename, "pid": os.getpid()})
+            except FileNotFoundError:
+                taken = False
+            # A new controller removes the name of an old session, then the session: it may have come in between.
+            if taken and read_json(protocol.current_session(run_dir)) == current:
                 return current["name"], False
         time.sleep(0.2)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,26 @@ def unbroken(layout: Layout, checkpoint: Path) -> dict[str, Any]:
     return {"logp": result.logp, "metrics": result.metrics, "after": trainer.logprobs(make_batch())}
 
 
+def decayed(layout: Layout) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Weights before and after a step without any gradient, under weight decay."""
+    trainer = layout.trainer("qwen2", weight_decay=0.5, algo={"entropy_coef": 0.0})
+    before = {name: value.detach().clone() for name, value in trainer.parameters().items()}
+    batch = make_batch()
+    trainer.train_step(replace(batch, samples=[replace(sample, advantage=0.0) for sample in batch.samples]))
+    return before, {name: value.detach().clone() for name, value in trainer.parameters().items()}
+
+
+def bf16_steps(layout: Layout, checkpoint: Path | None = None, resume: Path | None = None) -> dict[str, Any]:
+    """Updates in bf16 on one batch: four, saved after the second; or, resumed from there, the last two."""
+    trainer = layout.trainer("bf16", resume, dtype="bfloat16", lr=2e-3, eps=1e-8, clip_grad=0.0)
+    out: dict[str, Any] = {"initial": trainer.logprobs(make_batch())}
+    for update in range(trainer.update, 4):
+        trainer.train_step(make_batch())
+        if update == 1 and checkpoint is not None:
+            trainer.save(checkpoint)
+    return out | {"final": trainer.logprobs(make_batch())}
+
+
 def updates(layout: Layout, checkpoint: Path | None = None, **settings: Any) -> dict[str, Any]:
     """Two updates on one step's rollouts, then, with a checkpoint, a third after it was saved and loaded."""
     batches = [make_batch(seed, old=False) for seed in range(3)]
@@ -182,8 +203,15 @@ def reference_extras(layout: Layout) -> dict[str, Any]:
     out["shared_step"] = resumed(layout, checkpoint)
     optimizer_fixes.own_steps = own_steps
     out["updates"] = updates(layout)
-    trainer = layout.trainer("bf16", dtype="bfloat16")
-    out["bf16"] = trainer.train_step(make_batch()).logp
+    out["decayed"] = decayed(layout)
+    checkpoint = layout.folder / "ckpt_bf16"
+    out["bf16"] = bf16_steps(layout, checkpoint)
+    out["bf16_resumed"] = bf16_steps(layout, resume=checkpoint)
+    trainer = layout.trainer("llama_tied", lr=2e-3, eps=1e-8, clip_grad=0.0)
+    out["fp32"] = {"initial": trainer.logprobs(make_batch())}
+    for _ in range(4):
+        trainer.train_step(make_batch())
+    out["fp32"]["final"] = trainer.logprobs(make_batch())
     layout.round_trip("bf16", "bfloat16")
     return out
 
@@ -209,6 +237,7 @@ def main() -> None:
         out["no_sequence_parallel"] = layout.three_steps("qwen3", sequence_parallel=False)
     if layout.sizes == (1, 1, 2):
         out["unbroken"] = unbroken(layout, folder / "ckpt_dp2")
+        out["bf16"] = bf16_steps(layout, folder / "ckpt_bf16_dp2")
         out["micro4"] = layout.three_steps("qwen3", micro_batches=4)
         for variant in OVERLAPPED:
             out["apart", variant] = layout.trained(variant)
@@ -217,8 +246,8 @@ def main() -> None:
         out["resumed"] = resumed(layout, folder / "ckpt_dp2")
         out["micro4"] = layout.three_steps("qwen3", micro_batches=4)
         out["recompute"] = layout.three_steps("qwen3", recompute=True)
-        trainer = layout.trainer("bf16", dtype="bfloat16")
-        out["bf16"] = trainer.train_step(make_batch()).logp
+        out["bf16"] = bf16_steps(layout)
+        out["bf16_resumed"] = bf16_steps(layout, resume=folder / "ckpt_bf16_dp2")
     if dist.get_rank() == 0:
         torch.save(out, folder / f"{layout.name}.pt")
     dist.barrier()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from learner_models import make_batch, make_recipe, torchrun_environment, write_model  # noqa: E402
 
 from m2train.learner.client import LearnerClient, LearnerError, merge_updates  # noqa: E402
+from m2train.learner.protocol import Session, current_session, write_json  # noqa: E402
+from m2train.learner.worker import _take_session  # noqa: E402
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -168,6 +172,38 @@ def test_external_ranks(model: Path, tmp_path: Path) -> None:
         if cluster.poll() is None:
             os.killpg(cluster.pid, signal.SIGKILL)
             cluster.wait()
+
+
+def test_ranks_do_not_take_the_session_of_a_killed_controller(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks that came back first wait for the next session, however slowly the old one is removed."""
+    old = Session(tmp_path, "old")
+    write_json(old.served, {})
+    write_json(current_session(tmp_path), {"name": "old", "local": False})
+    remove = shutil.rmtree
+
+    def slowly(folder: Path) -> None:
+        old.served.unlink()
+        time.sleep(0.7)  # ranks look every 0.2 s
+        remove(folder)
+        time.sleep(0.7)
+
+    monkeypatch.setattr("m2train.learner.client.shutil.rmtree", slowly)
+    taken: list[tuple[str, bool]] = []
+    rank = threading.Thread(target=lambda: taken.append(_take_session(tmp_path, None)), daemon=True)
+    rank.start()
+    client = LearnerClient(make_recipe(launch="external"), tmp_path, model)
+    controller = threading.Thread(target=lambda: pytest.raises(LearnerError, client.start))
+    controller.start()
+    try:
+        rank.join(20.0)
+        named = json.loads(current_session(tmp_path).read_text())["name"]
+        assert taken == [(named, False)] and named != "old"
+    finally:
+        client.close()
+        controller.join(20.0)
+    assert not controller.is_alive()
 
 
 def test_client_outlives_the_thread_that_started_it(model: Path, tmp_path: Path) -> None:
