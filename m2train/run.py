@@ -197,8 +197,12 @@ async def open_run(
         progress.note(f"  {place}")
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(shutil.rmtree, exports, ignore_errors=True)
-        engines = None if train_from else EnginePool(recipe, model, run_dir.root, stop_token_ids=chat.stop_token_ids)
         learner = None if rollouts_only else LearnerClient(recipe, run_dir.root, model)
+        engines = None
+        if not train_from:
+            engines = EnginePool(
+                recipe, model, run_dir.root, stop_token_ids=chat.stop_token_ids, publishes=learner is not None
+            )
         starts: list[Awaitable[object]] = []
         if engines is not None:
             stack.push_async_callback(engines.close)

@@ -47,6 +47,9 @@ class FakeServer:
     async def call(self, *_: Any) -> None:
         pass
 
+    async def end_abandoned_update(self) -> bool:
+        return False
+
     async def check(self) -> None:
         pass
 
@@ -228,6 +231,28 @@ def test_before_the_first_update_a_given_server_must_come_back_with_the_same_wei
     assert asyncio.run(scenario("initial")).token_ids == [1]
     with pytest.raises(EngineError, match="holds weights 'others'; rollout.urls held 'initial' so far"):
         asyncio.run(scenario("others"))
+
+
+@pytest.mark.parametrize("publishes", [True, False])
+def test_given_servers_may_hold_any_weights_if_they_are_to_get_the_same(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path, publishes: bool
+) -> None:
+    """A run that was killed while it updated its servers left them at two versions."""
+    servers = {"http://127.0.0.1:1": FakeServer(), "http://127.0.0.1:2": FakeServer()}
+    for number, (url, server) in enumerate(servers.items()):
+        server.url, server.version = url, f"run-step-{number}"
+        server.published.set()
+    monkeypatch.setattr(engine, "EngineClient", lambda url, *_: servers[url])
+    monkeypatch.setattr(engine, "FileSync", FakeSync)
+    recipe = tiny_recipe(weight_transfer="file", urls=list(servers))
+    pool = EnginePool(recipe, tiny_model, tmp_path, publishes=publishes)
+    if not publishes:
+        with pytest.raises(EngineError, match="start all of them from the same model"):
+            asyncio.run(pool.start())
+        return
+    asyncio.run(pool.start())
+    asyncio.run(pool.update_weights(tiny_model / "model.safetensors", "run-step-2"))
+    assert [server.version for server in servers.values()] == ["run-step-2"] * 2
 
 
 def test_a_given_server_that_stays_away_ends_the_run(

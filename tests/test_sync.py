@@ -117,6 +117,37 @@ def test_update_under_running_requests_is_recorded(pool: EnginePool, run_async: 
         assert edges[0] == 0 and edges[-1] == len(out.token_ids) and edges == sorted(edges)
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_run_that_was_killed_in_an_update_leaves_a_server_that_the_next_can_use(
+    pool: EnginePool, run_async: Any, tiny_model: Path, others: dict[str, Path], tmp_path: Path, loaded: bool
+) -> None:
+    """vLLM keeps the update open, which it takes no other beside; before a file came the layers are empty."""
+    recipe = tiny_recipe(urls=pool.urls)
+
+    async def scenario() -> tuple[str, Generation, Generation]:
+        await pool.update_weights(others["own"], f"before-{loaded}")
+        call = pool._slots[0].ready().call
+        await call("POST", "/pause", params={"mode": "keep", "clear_cache": False})
+        await call("POST", "/start_weight_update")
+        if loaded:
+            update = {"path": str(others["fp32"]), "check": True}
+            await call("POST", "/update_weights", json={"update_info": update})
+        async with EnginePool(recipe, tiny_model, tmp_path) as only_samples:
+            found, first = only_samples.version, await sample(only_samples)
+        await call("POST", "/pause", params={"mode": "keep", "clear_cache": False})
+        await call("POST", "/start_weight_update")
+        async with EnginePool(recipe, tiny_model, tmp_path, publishes=True) as trains:
+            await trains.update_weights(others["bf16"], f"after-{loaded}")
+            second = await sample(trains)
+        await pool.update_weights(others["own"], f"again-{loaded}")
+        return found, first, second
+
+    found, first, second = run_async(scenario())
+    assert found == "abandoned-update"
+    assert gap(tiny_model, others["fp32" if loaded else "own"], PROMPT, first) <= TOLERANCE
+    assert gap(tiny_model, others["bf16"], PROMPT, second) <= TOLERANCE
+
+
 def test_missing_file_is_refused_before_the_engine_hears_of_it(
     pool: EnginePool, run_async: Any, tmp_path: Path
 ) -> None:

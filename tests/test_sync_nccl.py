@@ -247,6 +247,10 @@ class Recorder:
 class Healthy:
     """In EngineClient's place: a server that holds the weights that the pool thinks it holds."""
 
+    ended: list[str] = []
+    """Servers whose update was ended."""
+    hangs = False
+
     def __init__(self, slot: Any) -> None:
         self._slot, self.url = slot, slot.url
 
@@ -255,6 +259,12 @@ class Healthy:
 
     async def weight_version(self) -> str:
         return str(self._slot.held)
+
+    async def end_abandoned_update(self) -> bool:
+        if self.hangs:
+            await asyncio.sleep(60.0)
+        Healthy.ended.append(self.url)
+        return True
 
 
 @pytest.fixture
@@ -265,6 +275,7 @@ def nccl_pool(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path)
     monkeypatch.setattr(engine, "_BACKOFF_S", (0.0, 0.0, 0.0))
     monkeypatch.setattr(Recorder, "made", [])
     monkeypatch.setattr(Recorder, "failures", 0)
+    monkeypatch.setattr(Healthy, "ended", [])
     urls = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
     pool = EnginePool(parse({"rollout": {"urls": urls}}), tiny_model, tmp_path)
     for slot in pool._slots:
@@ -287,9 +298,44 @@ def test_a_lost_engine_means_a_new_group(nccl_pool: EnginePool, tiny_model: Path
     asyncio.run(nccl_pool.update_weights(tiny_model / "model.safetensors", "v1"))
     groups = [one for one in Recorder.made if len(one.urls) == 2]
     assert [(one.published, one.closed) for one in groups] == [([], True), (["v1"], False)]
+    assert sorted(Healthy.ended) == nccl_pool.urls, "those that lived had the update open"
     Recorder.failures = 9
     with pytest.raises(EngineError, match="kept failing weight updates over NCCL"):
         asyncio.run(nccl_pool.update_weights(tiny_model / "model.safetensors", "v2"))
+
+
+def test_a_given_server_that_hangs_in_a_broadcast_is_named(
+    nccl_pool: EnginePool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_END_UPDATE_S", 0.1)
+    nccl_pool._slots[1].ready().hangs = True  # type: ignore[attr-defined]
+    Recorder.failures = 1
+    with pytest.raises(EngineError, match=r"127.0.0.1:2 hangs in a weight update \(gone\); restart it"):
+        asyncio.run(nccl_pool.update_weights(tiny_model / "model.safetensors", "v1"))
+
+
+def test_an_engine_that_hangs_in_a_broadcast_is_started_again(
+    nccl_pool: EnginePool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits in NCCL for one that died, and would for ever; its process is there and its /health answers."""
+    restarted: list[int] = []
+
+    async def restart(slot: Any, err: EngineLost) -> None:
+        restarted.append(slot.index)
+        slot.life += 1
+
+    async def fine(slot: Any) -> bool:
+        return True
+
+    monkeypatch.setattr(engine, "_END_UPDATE_S", 0.1)
+    monkeypatch.setattr(nccl_pool, "_restart", restart)
+    monkeypatch.setattr(nccl_pool, "_transient", fine)
+    for slot in nccl_pool._slots:
+        slot.spec = cast(Any, "ours")
+    nccl_pool._slots[1].ready().hangs = True  # type: ignore[attr-defined]
+    Recorder.failures = 1
+    asyncio.run(nccl_pool.update_weights(tiny_model / "model.safetensors", "v1"))
+    assert restarted == [1] and Healthy.ended == ["http://127.0.0.1:1"]
 
 
 def test_nccl_needs_a_gpu_and_its_own_flag(tiny_model: Path, tmp_path: Path) -> None:

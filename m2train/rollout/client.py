@@ -11,6 +11,8 @@ from m2train.errors import RunError
 from m2train.records import Generation, VersionSpan
 
 GENERATE_ROUTE = "/inference/v1/generate"
+ABANDONED = "abandoned-update"
+"""Version of weights after an update that was not seen through."""
 _SHORT_TIMEOUT_S = 10.0
 
 
@@ -107,6 +109,19 @@ class EngineClient:
     async def set_weight_version(self, version: str) -> None:
         """Name the weights that the server started with."""
         await self.call("POST", "/update_weight_version", json={"new_version": version})
+
+    async def end_abandoned_update(self) -> bool:
+        """Close a weight update that somebody opened and left: the server takes no other one until then, and layers
+        that were given nothing are empty. They get back what they held.
+
+        Returns:
+            Whether there was one; the weights, of which update whatever has come, are then called `ABANDONED`.
+        """
+        try:
+            await self.call("POST", "/finish_weight_update", json={"weight_version": ABANDONED})
+        except EngineLost:  # refused, as a rule; a server that is gone is noticed by the next call
+            return False
+        return True
 
     async def call(self, method: str, path: str, **kwargs: Any) -> Any:
         """One HTTP call; the decoded JSON answer.

@@ -16,7 +16,7 @@ from m2train.models import model_shape
 from m2train.records import Generation
 from m2train.rollout.client import EngineClient, EngineError, EngineLost
 from m2train.rollout.server import ServerProcess, ServerSpec, check_options
-from m2train.sync import FileSync, WeightSync
+from m2train.sync import FileSync, WeightSync, reset_prefix_cache
 
 __all__ = ["EngineError", "EngineLost", "EnginePool"]
 
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 _BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 _AWAIT_S = 1.0
 """Between two looks for a given server that is gone."""
+_END_UPDATE_S = 60.0
+"""An engine that does not close a failed update in this time is taken to hang in it."""
 
 
 class _Slot:
@@ -59,6 +61,8 @@ class EnginePool:
         run_dir: logs go to `logs/vllm_<i>.log` in it.
         stop_token_ids: ids that end a reply besides the model's own end-of-sequence.
         version: name of the weights in `model`.
+        publishes: the caller gives the engines weights before it samples, so that servers of `rollout.urls` may hold
+            any at first. Otherwise all must hold the same.
     """
 
     def __init__(
@@ -69,11 +73,13 @@ class EnginePool:
         *,
         stop_token_ids: Sequence[int] = (),
         version: str = "initial",
+        publishes: bool = False,
     ) -> None:
         check_options(recipe.vllm)
         self._recipe = recipe
         self._stop = tuple(stop_token_ids)
         self._version = version
+        self._publishes = publishes
         self._source: tuple[Path, tuple[int, int, int]] | None = None
         self._gate = asyncio.Semaphore(recipe.rollout.concurrency)
         self._closing = False
@@ -220,16 +226,20 @@ class EnginePool:
         slot.life += 1
         if slot.spec is None and not await client.healthy():
             raise EngineError(f"no vLLM server answers at {url} (rollout.urls); start it, or correct the URL")
-        if slot.spec is None:
-            await client.call("POST", "/resume")  # a run that was killed during an update left the server paused
+        if slot.spec is None:  # a run that was killed during an update left the server paused, or worse
+            if await client.end_abandoned_update():
+                log.warning("%s was left in the middle of a weight update; it was ended", url)
+                await reset_prefix_cache(client)
+            await client.call("POST", "/resume")
         await client.check()
         if self._source is not None:
             await self._publish(slot)
-        elif slot.spec is not None:
+            return
+        if slot.spec is not None:
             await client.set_weight_version(self._version)
-        else:
+        elif not self._publishes:
             self._adopt(url, await client.weight_version())
-        slot.held = self._version
+        slot.held = self._version if slot.spec is not None else await client.weight_version()
 
     def _adopt(self, url: str, version: str) -> None:
         """Name the pool's weights as a given server does: they may be anyone's until this run sends its own."""
@@ -255,11 +265,12 @@ class EnginePool:
             try:
                 return await self._publish(slot)
             except EngineLost as err:
-                await self._revive(slot, life, err, attempt)
+                await self._recover(slot, life, err, attempt)
         raise EngineError(f"{slot.ready().url} kept failing weight updates; see its log")
 
     async def _broadcast(self) -> dict[str, float]:
-        """One update of all engines as a group; after a death the engine is revived and a new group is formed."""
+        """One update of all engines as a group; after a death the engine is revived and a new group is formed, of
+        which those that hang in the broadcast of the old one cannot be."""
         for attempt in range(len(_BACKOFF_S)):
             lives = [slot.life for slot in self._slots]
             try:
@@ -272,7 +283,7 @@ class EnginePool:
             except EngineLost as err:
                 self._drop_group()
                 await asyncio.gather(
-                    *(self._revive(s, life, err, attempt) for s, life in zip(self._slots, lives, strict=True))
+                    *(self._recover(s, life, err, attempt) for s, life in zip(self._slots, lives, strict=True))
                 )
         raise EngineError("the engines kept failing weight updates over NCCL; see their logs")
 
@@ -327,6 +338,23 @@ class EnginePool:
             if attempt >= len(_BACKOFF_S):
                 raise EngineError(f"engine {slot.index} gave out: {err}") from err
         await asyncio.sleep(_BACKOFF_S[attempt])  # not under the lock: many requests wait side by side
+
+    async def _recover(self, slot: _Slot, life: int, err: EngineLost, attempt: int) -> None:
+        """Make an engine ready for another try after an update that failed, on it or on another of its group.
+
+        Raises:
+            EngineError: a given server hangs in the update, or as `_revive`.
+        """
+        await self._revive(slot, life, err, attempt)
+        async with slot.lock:
+            if slot.life != life:  # started again, or given the weights as it came back
+                return
+            try:
+                await asyncio.wait_for(slot.ready().end_abandoned_update(), _END_UPDATE_S)
+            except TimeoutError:
+                if slot.spec is None:
+                    raise EngineError(f"{slot.ready().url} hangs in a weight update ({err}); restart it") from err
+                await self._restart(slot, err)
 
     async def _rejoin(self, slot: _Slot, err: EngineLost) -> bool:
         """Wait until a given server answers; whether it had lost its weights and was given the pool's.

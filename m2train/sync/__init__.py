@@ -5,6 +5,6 @@ file_engine.py  runs inside vLLM: reads a safetensors file (shared memory), cure
 nccl.py         GPU to GPU with vLLM's own nccl engine
 """
 
-from m2train.sync.base import FileSync, WeightSync, weight_transfer_flags
+from m2train.sync.base import FileSync, WeightSync, reset_prefix_cache, weight_transfer_flags
 
-__all__ = ["FileSync", "WeightSync", "weight_transfer_flags"]
+__all__ = ["FileSync", "WeightSync", "reset_prefix_cache", "weight_transfer_flags"]

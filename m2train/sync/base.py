@@ -6,7 +6,8 @@ vLLM keeps its prefix cache across an update: a prompt that shares a block (128 
 would be continued on keys and values of the old weights, silently. So the cache is dropped while the engine is
 paused; running requests are recomputed under the new weights, and their `weight_versions` spans say where the change
 fell. (`/pause` can drop the cache too, but by a parameter that vLLM calls deprecated, and without telling whether it
-did.) The report and the version then make the engine itself prove that it runs on the new weights.
+did.) The report and the version then make the engine itself prove that it runs on the new weights. An update that
+fails leaves the engine paused, for its layers may be empty.
 """
 
 from __future__ import annotations
@@ -95,17 +96,15 @@ class FileSync:
         started = time.perf_counter()
         call = self._engine.call
         await call("POST", "/pause", params={"mode": "keep", "clear_cache": False})
-        try:
-            if not self._ready:
-                await call("POST", "/init_weight_transfer_engine", json={"init_info": {}})
-                self._ready = True
-            await call("POST", "/start_weight_update")
-            update = {"path": str(source.resolve()), "check": self._check}
-            await call("POST", "/update_weights", json={"update_info": update})
-            await call("POST", "/finish_weight_update", json={"weight_version": version})
-            await reset_prefix_cache(self._engine)
-        finally:
-            await call("POST", "/resume")
+        if not self._ready:
+            await call("POST", "/init_weight_transfer_engine", json={"init_info": {}})
+            self._ready = True
+        await call("POST", "/start_weight_update")
+        update = {"path": str(source.resolve()), "check": self._check}
+        await call("POST", "/update_weights", json={"update_info": update})
+        await call("POST", "/finish_weight_update", json={"weight_version": version})
+        await reset_prefix_cache(self._engine)
+        await call("POST", "/resume")
         reports = await self._reports()
         for report in reports:
             if report["stale"]:

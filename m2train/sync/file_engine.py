@@ -92,13 +92,16 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
             load((name, file.get_tensor(name)) for name in _by_layer(file.keys()))
 
     def finish_weight_update(self) -> None:
-        """Finish the layers, renew a tied lm_head, compare the result with the file."""
+        """Finish the layers, renew a tied lm_head, compare the result with the file.
+
+        Without a file the layers get back what they held: that ends an update that somebody opened and left.
+        """
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-        if self._update is None:
-            raise ValueError("finish_weight_update came before update_weights: no file was given")
         with self._loading():
             finalize_layerwise_reload(self.model, self.model_config)
+            if self._update is None:
+                return
             if self._update.refresh_head:
                 refresh_tied_head(self.model)
         if self._update.check and self.parallel_config.world_size == 1:

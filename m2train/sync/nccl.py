@@ -12,7 +12,6 @@ server's workers follow those of the server before it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -92,10 +91,6 @@ class FanOutClient:
         ):
             if not answer.get("success"):
                 raise SyncError(f"{url} kept prefix-cache blocks of the old weights; restart the server")
-        self.resume()
-
-    def resume(self) -> None:
-        """Go on generating."""
         self._each("POST", "/resume")
 
     def versions(self) -> list[str]:
@@ -197,12 +192,7 @@ class _Group:
             self._source = first  # last: a retry after a failure connects again
         self._source.path = source
         self.client.version = version
-        try:
-            self._engine.send_weights()
-        except BaseException:
-            with contextlib.suppress(EngineLost):  # the cause is what is raised, not a server that is gone
-                self.client.resume()
-            raise
+        self._engine.send_weights()
         found = self.client.versions()
         if set(found) != {version}:
             raise SyncError(f"servers report weight versions {found} after an update to {version!r}")
