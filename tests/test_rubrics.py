@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +15,9 @@ from m2train.records import Rubric, Turn, Verdict
 from m2train.verifier import CaseScript, EmbeddedVerifier, SimulatedPatient, generate_rubrics, load_cases, split_cases
 from m2train.verifier.embedding import unsupported_reason
 from m2train.verifier.grading import MAX_CHARS, PROGRAMS, Scoring, grade, score
+from m2train.verifier.patient import TerminationGate
 from m2train.verifier.rubrics import DIMENSIONS, open_facts
+from m2train.verifier.utterance import affirmed
 
 DATA = Path(__file__).parent / "data"
 CASES = {case.id: case for case in load_cases()}
@@ -222,6 +225,7 @@ def test_explanations_quote_the_evidence() -> None:
         ("I have chest pain too, and my chest is so tight.", "out_of_role"),
         ("Do not worry, a tight chest is nothing. It is completely normal.", "premature"),
         ("How long have you had this?", "stock"),
+        ("The tightness in your chest is nothing serious, so there is no need to go to hospital now.", "premature"),
     ],
 )
 def test_faults_are_found(reply: str, check: str) -> None:
@@ -229,6 +233,62 @@ def test_faults_are_found(reply: str, check: str) -> None:
     turns = opening(case)
     met = [r.check for r in generate_rubrics(case, turns) if r.weight < 0 and grade(r, reply, case, turns).met]
     assert check in met
+
+
+def checks_met(reply: str, case: CaseScript, turns: list[Turn]) -> set[str]:
+    return {r.check for r in generate_rubrics(case, turns) if r.weight > 0 and grade(r, reply, case, turns).met}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "Don't worry about the {symptom}, this is nothing serious.",
+        "The {symptom} is not serious, and you do not need to go to hospital.",
+        "You will be fine, this is not an emergency, {symptom} is common.",
+    ],
+)
+def test_false_reassurance_is_no_urgency(reply: str) -> None:
+    emergencies = [case for case in CASES.values() if case.urgency == "emergency"]
+    assert len(emergencies) > 5
+    for case in emergencies:
+        said = reply.format(symptom=case.complaint.symptom)
+        assert "urgency" not in checks_met(said, case, opening(case)), case.id
+        early = next(r for r in generate_rubrics(case, opening(case)) if r.check == "premature")
+        assert early.weight == -6 and grade(early, said, case, opening(case)).met or "hospital" in said, case.id
+    case = emergencies[0]
+    warning = f"The {case.complaint.symptom} may be serious, so please come to the hospital right away."
+    assert "urgency" in checks_met(warning, case, opening(case))
+
+
+def test_a_denied_conclusion_is_none() -> None:
+    for case in CASES.values():
+        turns = opening(case)
+        turns[0].state["told"] = [fact.id for fact in case.facts if fact.essential]
+        symptom = case.complaint.symptom
+        denied = f"The {symptom} is certainly not {case.diagnosis}, and I will not refer you."
+        assert not {"names_diagnosis", "next_step"} & checks_met(denied, case, turns), (case.id, denied)
+        assert not TerminationGate().decide(case, denied).end
+        said = f"The {symptom} is not a puzzle, but {case.diagnosis}, and I will refer you."
+        met = checks_met(said, case, turns)
+        assert "names_diagnosis" in met, (case.id, said)
+        assert ("next_step" in met) is ("specific" in met), (case.id, said)  # a plan for this patient's problem
+        assert TerminationGate().decide(case, said).end
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("this may be serious", True),
+        ("this is nothing serious", False),
+        ("it isn't that serious", False),
+        ("no, this is serious", True),
+        ("i do not know yet, but it may be serious", True),
+        ("it is not only painful, it is serious", True),
+        ("not serious at first, now it is serious", True),
+    ],
+)
+def test_denials_reach_to_the_end_of_their_clause(text: str, found: bool) -> None:
+    assert (affirmed(re.compile("serious"), text) is not None) is found
 
 
 # --- what cannot be gamed
@@ -278,6 +338,27 @@ def test_tricks_score_below_the_untrained_model(trick: str, scoring: Scoring, he
 def test_tricks_score_below_even_the_sampled_untrained_model(trick: str, held_out: list[Slice]) -> None:
     mean = fmean(reward(case, turns, TRICKS[trick](case, turns), "healthbench") for case, turns in held_out)
     assert mean <= untrained("healthbench", "sampled") + 0.02
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize(
+    "trick",
+    [
+        "Don't worry about the {symptom}, this is nothing serious and you will be fine.",
+        "Your {symptom} is certainly not {diagnosis} and I will not refer you.",
+    ],
+)
+def test_dismissing_the_problem_pays_far_less_than_asking(
+    trick: str, scoring: Scoring, held_out: list[Slice]
+) -> None:
+    """It speaks of this patient's problem in plain words, and that is all it is paid for."""
+
+    def mean(reply: str) -> float:
+        openings = [(case, turns) for case, turns in held_out if len(turns) == 1]
+        replies = [reply.format(symptom=case.complaint.symptom, diagnosis=case.diagnosis) for case, _ in openings]
+        return fmean(reward(*one, said, scoring) for one, said in zip(openings, replies, strict=True))
+
+    assert mean(trick) < mean("I am sorry to hear about the {symptom}. When did it start?") - 0.3
 
 
 def test_no_fixed_sentence_holds_for_two_turns(held_out: list[Slice]) -> None:

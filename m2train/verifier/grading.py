@@ -19,7 +19,7 @@ from m2train.verifier.cases import CaseScript, load_cases
 from m2train.verifier.lexicon import COMMON, CONCEPTS, GENERIC
 from m2train.verifier.matching import Reading, read
 from m2train.verifier.phrasings import ABOUT, EXAMPLES, NOTHING
-from m2train.verifier.utterance import is_question, normalise, sentences, stem, words
+from m2train.verifier.utterance import affirmed, is_question, normalise, sentences, stem, words
 
 Scoring = Literal["healthbench", "minmax"]
 MAX_CHARS = 6000
@@ -46,7 +46,7 @@ _URGENT = re.compile(
 )
 _ANSWERS = re.compile(
     r"\b(?:treat\w*|medicines?|medications?|tablets?|cure|help you|options?|cost|expensive|cheap\w*|afford|free|evidence|studies|research|guidelines?|shown|before (?:i|we) (?:can|decide)|"
-    r"once (?:i|we) know|first (?:i|we|let)|good question|to answer|depends on|relie\w+|yes|as for)\b"
+    r"once (?:i|we) know|first (?:i|we|let)|good question|to answer|depends on|relie\w+|yes,? (?:there|we|i|you|it|that|this)|as for)\b"
 )
 _MARKUP = re.compile(r"https?://|www\.|[#*_]{2,}|^\s*(?:[-*]|\d+[.)])\s|[{}<>|\\]|[^\x00-\x7f]{3,}", re.MULTILINE)
 _SWAP = {
@@ -301,7 +301,11 @@ def _concise(reply: Analysis, args: dict[str, Any]) -> Outcome:
 
 
 def _urgency(reply: Analysis, args: dict[str, Any]) -> Outcome:
-    found = _URGENT.search(normalise(reply.reply))
+    text = normalise(reply.reply)
+    easy = _PLAYS_DOWN.search(text)
+    if easy:
+        return False, f"plays it down: {easy.group()!r}"
+    found = affirmed(_URGENT, text)
     return found is not None, repr(found.group()) if found else "nothing about urgency"
 
 
@@ -311,14 +315,13 @@ def _answers_patient(reply: Analysis, args: dict[str, Any]) -> Outcome:
 
 
 def _names_diagnosis(reply: Analysis, args: dict[str, Any]) -> Outcome:
-    text = normalise(reply.reply)
-    names = (reply.case.diagnosis, *reply.case.diagnosis_synonyms)
-    found = next((name for name in names if re.search(rf"\b{re.escape(normalise(name))}\b", text)), None)
-    return found is not None, repr(found) if found else "does not name it"
+    names = "|".join(re.escape(normalise(name)) for name in (reply.case.diagnosis, *reply.case.diagnosis_synonyms))
+    found = affirmed(re.compile(rf"\b(?:{names})\b"), normalise(reply.reply))
+    return found is not None, repr(found.group()) if found else "does not name it"
 
 
 def _next_step(reply: Analysis, args: dict[str, Any]) -> Outcome:
-    found = voice.PLAN.search(normalise(reply.reply))
+    found = affirmed(voice.PLAN, normalise(reply.reply))
     if reply.mention is None:
         return False, "not tied to this patient's problem"
     return found is not None, repr(found.group()) if found else "no next step"
@@ -347,8 +350,11 @@ def _premature(reply: Analysis, args: dict[str, Any]) -> Outcome:
     for part in reply.parts:
         if is_question(part):
             continue
-        found = _PLAYS_DOWN.search(part) or _DECLARES.search(part) or voice.PLAN.search(part)
-        if found and not (reply.case.urgency == "emergency" and _URGENT.search(part)):
+        found = _DECLARES.search(part) or voice.PLAN.search(part)
+        if found and reply.case.urgency == "emergency" and affirmed(_URGENT, part):
+            found = None
+        found = _PLAYS_DOWN.search(part) or found
+        if found:
             return True, repr(found.group())
     return False, "no early conclusion"
 

@@ -19,7 +19,7 @@ from m2train.verifier import voice
 from m2train.verifier.cases import CaseScript
 from m2train.verifier.lexicon import CONCEPTS
 from m2train.verifier.matching import Reading, read
-from m2train.verifier.utterance import is_question, normalise, sentences, stem, words
+from m2train.verifier.utterance import affirmed, is_question, normalise, sentences, stem, words
 
 FactVerdict = Literal["ok", "leak", "contradiction", "fabrication"]
 
@@ -75,15 +75,16 @@ class TerminationGate:
         """Look for a diagnosis of this case, a plan, or a goodbye."""
         parts = sentences(doctor_text)
         asks = any(is_question(part) for part in parts)
-        names = [normalise(name) for name in (case.diagnosis, *case.diagnosis_synonyms)]
+        names = "|".join(re.escape(normalise(name)) for name in (case.diagnosis, *case.diagnosis_synonyms))
+        diagnosis = re.compile(rf"\b(?:{names})\b")
         for part in parts:
             if voice.GOODBYE.search(part):
                 return GateDecision(True, "goodbye", part)
             if asks:
                 continue
-            if voice.ASSERTS.search(part) and any(re.search(rf"\b{re.escape(name)}\b", part) for name in names):
+            if voice.ASSERTS.search(part) and affirmed(diagnosis, part):
                 return GateDecision(True, "diagnosis", part)
-            if voice.PLAN.search(part):
+            if affirmed(voice.PLAN, part):
                 return GateDecision(True, "advice", part)
         return GateDecision(False)
 

@@ -62,6 +62,24 @@ def normalise(text: str) -> str:
     return re.sub(r"\s+", " ", text.translate(table).lower()).strip()
 
 
+_CLAUSE = re.compile(r"[.,;:!?]| (?:but|however|although|though|so|because) ")
+_DENIAL = re.compile(r"\b(?:not(?! only)|never|no(?! doubt)|nothing|none|neither|nor|cannot|hardly|rarely)\b|n't\b")
+
+
+def affirmed(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    """The first place where the pattern is found and not denied: "this is not migraine" says nothing of migraine.
+
+    Args:
+        pattern: what is looked for.
+        text: normalised; a denial counts from the beginning of the clause to the end of what was found.
+    """
+    for found in pattern.finditer(text):
+        start = max((clause.end() for clause in _CLAUSE.finditer(text, 0, found.start())), default=0)
+        if not _DENIAL.search(text, start, found.end()):
+            return found
+    return None
+
+
 def words(text: str) -> list[str]:
     """Lower-case words of a text."""
     return WORD.findall(normalise(text))
