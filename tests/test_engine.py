@@ -20,6 +20,7 @@ from conftest import session_members, tiny_recipe
 from m2train.config import ConfigError
 from m2train.host import free_port
 from m2train.records import Generation
+from m2train.rollout import client as client_module
 from m2train.rollout import engine
 from m2train.rollout.client import EngineLost
 from m2train.rollout.engine import EngineError, EnginePool
@@ -328,7 +329,8 @@ def fake_server(missing: str = "", versions: Any = _SPANS) -> Iterator[str]:
         def do_GET(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
             body = json.dumps(answers.get(self.path, {"error": "none"})).encode()
-            self.send_response(200 if self.path in answers else 404)
+            refused = self.path == "/finish_weight_update"  # no update is open
+            self.send_response(500 if refused else 200 if self.path in answers else 404)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -387,3 +389,32 @@ def test_cause_is_the_innermost_error(tmp_path: Path) -> None:
     assert server.cause().startswith("serve.py: error: unrecognized arguments: --no-such-flag")
     log.write_text("last words\n\n")
     assert server.cause() == f"last words [{log}]"
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+def test_a_time_out_of_a_server_that_is_not_well_is_a_lost_engine(
+    run_async: Any, monkeypatch: pytest.MonkeyPatch, healthy: bool
+) -> None:
+    """A host that vanished answers nothing, not even by refusing; a busy one is the recipe's matter."""
+    monkeypatch.setattr(client_module, "_SHORT_TIMEOUT_S", 0.5)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if healthy and b"/health" in await reader.readline():
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            await writer.drain()
+        await reader.read()
+
+    async def ask() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        client = client_module.EngineClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", 0.5)
+        try:
+            await client.weight_version()
+        finally:
+            await client.close()
+            server.close()
+
+    with pytest.raises(
+        EngineError, match="raise rollout.request_timeout_s" if healthy else "nor does /health"
+    ) as caught:
+        run_async(ask())
+    assert isinstance(caught.value, client_module.EngineLost) is not healthy

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from m2train.evals.heldout import _row
+from m2train.evals.heldout import _row, spread
 from m2train.records import Generation, Group, Reply, Rubric, Verdict
-from m2train.verifier import EmbeddedVerifier
+from m2train.verifier import EmbeddedVerifier, load_cases, split_cases
 
 RUBRICS = [
     Rubric(dimension="d", text="good", weight=6, check="asks"),
@@ -37,3 +37,13 @@ def test_scores_of_all_kinds_are_means_over_cases() -> None:
     assert row["heldout/reward"] == row["heldout/healthbench"] == 0.5
     assert row["heldout/minmax"] == pytest.approx((1.0 + 2 / 8) / 2)
     assert row["heldout/cases"] == 2.0 and row["heldout/stderr"] == pytest.approx(0.5)
+
+
+def test_few_cases_are_of_many_specialties() -> None:
+    held_out = split_cases(load_cases()).held_out
+    specialties = {case.specialty for case in held_out}
+    some = spread(held_out, 16)
+    assert len({case.id for case in some}) == 16 and some == spread(held_out[::-1], 16)
+    assert len({case.specialty for case in some}) >= min(12, len(specialties))
+    assert {case.id for case in spread(held_out, len(held_out))} == {case.id for case in held_out}
+    assert spread(held_out, 0) == []

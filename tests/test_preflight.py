@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from m2train import preflight
+from m2train import host, preflight
 from m2train.cli import main
 from m2train.config import load, parse
 from m2train.errors import RunError
@@ -44,8 +44,8 @@ def without(module: str) -> Callable[[Patch], None]:
 
 MISTAKES: dict[str, tuple[str, str, Callable[[Patch], None] | None]] = {
     "megatron key": (
-        "megatron.num_layer_in_first_pipeline_stage=1",
-        "did you mean megatron.num_layers_in_first",
+        "megatron.init_methods_std=0.1",
+        "did you mean megatron.init_method_std",
         None,
     ),
     "megatron key of ours": ("megatron.bf16=true", "megatron.bf16 is set by learner.dtype", None),
@@ -220,3 +220,21 @@ def test_a_model_that_the_learner_cannot_train(
     recipe = parse({"model": {"path": str(folder)}, "rollout": rollout, "algo": {"max_new_tokens": 64}})
     assert any(words in fault for fault in faults(recipe))
     assert not any(words in fault for fault in faults(recipe, rollouts_only=True))
+
+
+def test_groups_of_one_learn_nothing(tiny_model: Path) -> None:
+    recipe = parse({"model": {"path": str(tiny_model)}, "algo": {"group_size": 1}})
+    assert any("algo.group_size = 1" in fault for fault in preflight.faults(recipe))
+    assert not any("algo.group_size" in fault for fault in preflight.faults(recipe, rollouts_only=True))
+
+
+@pytest.mark.parametrize(
+    ("listed", "version", "cpu"),
+    [("0,1", "2.11.0+cu130", False), ("", "2.11.0+cu130", True), ("-1", "2.11.0", True), ("0", "2.13.0+cpu", True)],
+)
+def test_a_machine_whose_gpus_cannot_be_used_is_one_without(
+    listed: str, version: str, cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    monkeypatch.setattr(host.importlib.metadata, "version", lambda name: version)
+    assert host.on_cpu() is cpu

@@ -7,8 +7,9 @@ import math
 import pytest
 
 from m2train.config import AlgoConfig
-from m2train.records import Generation, Group, Reply
-from m2train.reward import length_bonus, set_advantages
+from m2train.records import Generation, Group, Reply, Rubric, Verdict
+from m2train.reward import length_bonus, rescore, set_advantages
+from m2train.verifier import EmbeddedVerifier
 
 
 def reply(reward: float, length: int = 4) -> Reply:
@@ -61,3 +62,16 @@ def test_the_length_bonus_enters_the_advantage() -> None:
     assert short.reward == pytest.approx(0.9)
     assert long.reward == pytest.approx(0.802)
     assert short.advantage == pytest.approx(0.049)
+
+
+def test_saved_verdicts_are_scored_as_this_run_says() -> None:
+    """`--train-from` a run of another `verifier.scoring`."""
+    saved = group(reply(0.123))
+    saved.rubrics = [
+        Rubric(dimension="d", text="good", weight=6, check="asks"),
+        Rubric(dimension="d", text="bad", weight=-2, check="stock"),
+    ]
+    saved.replies[0].verdicts = [Verdict(met=True, explanation=""), Verdict(met=True, explanation="")]
+    for scoring, expected in (("healthbench", 4 / 6), ("minmax", 6 / 8)):
+        rescore([saved], EmbeddedVerifier(scoring=scoring))  # type: ignore[arg-type]
+        assert saved.replies[0].rubric_reward == pytest.approx(expected)

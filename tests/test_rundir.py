@@ -254,3 +254,21 @@ def test_resume_refuses_what_would_mix_two_runs(tmp_path: Path) -> None:
     run.checkpoint(50).mkdir()
     with pytest.raises(ConfigError, match="checkpoint of 50 steps"):
         run.start(parse({"steps": 40}), resume=True, restart=False)
+
+
+def test_restart_discards_a_run_and_nothing_else(tmp_path: Path) -> None:
+    """`--run-dir runs --restart` for `--run-dir runs/demo`, or `--run-dir .`."""
+    mine = tmp_path / "demo" / "config.toml"
+    mine.parent.mkdir()
+    mine.write_text("")
+    (tmp_path / "demo" / ".draft.tmp").write_text("")
+    outer = RunDir(tmp_path)
+    with pytest.raises(ConfigError, match=r"holds none; it holds demo: name another --run-dir"):
+        outer.start(Recipe(), resume=False, restart=True)
+    outer.start(Recipe(), resume=False, restart=False)
+    (tmp_path / "notes.txt").write_text("kept")
+    outer.rollouts(0).write_text("{}")
+    outer.start(Recipe(seed=1), resume=False, restart=True)
+    assert not outer.rollouts(0).exists()
+    assert mine.exists() and (tmp_path / "notes.txt").exists() and (tmp_path / "demo" / ".draft.tmp").exists()
+    outer.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, get_args
 
@@ -10,14 +11,20 @@ from m2train.records import Dialogue, Group, Reply, StepRollouts
 from m2train.rollout.dialogue import context_ids, run_dialogue
 from m2train.rundir import load_rollouts
 from m2train.stats import dimension_rows
+from m2train.verifier import CaseSampler, CaseScript
 from m2train.verifier.grading import Scoring
 
 if TYPE_CHECKING:
     from m2train.run import Run
 
 
+def spread(cases: Sequence[CaseScript], num: int) -> list[CaseScript]:
+    """The first `num` cases of a fixed order in which the specialties alternate."""
+    return CaseSampler(cases, seed=0).draw(0, num) if num else []
+
+
 async def evaluate(run: Run, step: int) -> dict[str, float]:
-    """Grade the weights before `step` on the first `eval.cases` held-out cases.
+    """Grade the weights before `step` on `eval.cases` held-out cases, the same at every step and in every run.
 
     Each case is one greedy dialogue of `eval.turns` doctor turns; the score of a case is the mean over its turns. The
     result is kept in `eval/`, so a resumed run does not repeat it.
@@ -26,7 +33,7 @@ async def evaluate(run: Run, step: int) -> dict[str, float]:
         `heldout/reward` (by `eval.scoring`), its standard error over cases, the score under each scoring, and the
         rubric dimensions; empty without engines or cases.
     """
-    cases = run.heldout[: run.recipe.eval.cases]
+    cases = spread(run.heldout, run.recipe.eval.cases)
     path = run.dir.evaluation(step)
     if not cases or (run.engines is None and not path.exists()):
         return {}

@@ -39,7 +39,8 @@ class EngineClient:
         self._stop = sorted(set(stop_token_ids))
         self._model = ""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-        self._http = httpx.AsyncClient(base_url=self.url, limits=limits, timeout=timeout_s, trust_env=False)
+        wait = httpx.Timeout(timeout_s, connect=_SHORT_TIMEOUT_S)
+        self._http = httpx.AsyncClient(base_url=self.url, limits=limits, timeout=wait, trust_env=False)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -118,7 +119,9 @@ class EngineClient:
             Whether there was one; the weights, of which update whatever has come, are then called `ABANDONED`.
         """
         try:
-            await self.call("POST", "/finish_weight_update", json={"weight_version": ABANDONED})
+            # vLLM's server drops the connection after the error that a refusal is; it must not be used again.
+            close = {"Connection": "close"}
+            await self.call("POST", "/finish_weight_update", json={"weight_version": ABANDONED}, headers=close)
         except EngineLost:  # refused, as a rule; a server that is gone is noticed by the next call
             return False
         return True
@@ -127,12 +130,18 @@ class EngineClient:
         """One HTTP call; the decoded JSON answer.
 
         Raises:
-            EngineLost: no answer, or a 5xx answer.
-            EngineError: time-out, missing route, refused request.
+            EngineLost: no connection, a 5xx answer, or a time-out of a server that is not healthy either.
+            EngineError: time-out of a healthy server, missing route, refused request.
         """
         try:
             answer = await self._http.request(method, path, **kwargs)
+        except httpx.ConnectTimeout as err:  # its host is gone
+            raise EngineLost(f"{self.url}{path}: no connection within {_SHORT_TIMEOUT_S:g} s") from err
         except httpx.TimeoutException as err:
+            if not await self.healthy():
+                raise EngineLost(
+                    f"{self.url}{path} did not answer in {self._timeout_s:g} s, nor does /health"
+                ) from err
             raise EngineError(
                 f"{self.url}{path} did not answer in {self._timeout_s:g} s; raise rollout.request_timeout_s or "
                 "lower rollout.concurrency"

@@ -420,6 +420,10 @@ class EnginePool:
             await asyncio.sleep(0.1)
             if slot.process is None or not slot.process.alive:
                 return False
+        for pause in (1.0, 5.0):  # one that is only busy, or this process out of sockets
+            if await slot.ready().healthy():
+                return True
+            await asyncio.sleep(pause)
         return await slot.ready().healthy()
 
 
