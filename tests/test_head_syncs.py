@@ -23,7 +23,14 @@ from m2kernels.policy_loss import LossSpec
 
 ROWS, VOCAB, DEPTH, CHUNKS = 96, 300, 16, 3
 aten = torch.ops.aten
-READS = {aten.nonzero.default: "nonzero", aten._local_scalar_dense.default: "item", aten.is_nonzero.default: "item"}
+READS = {
+    aten.nonzero.default: "nonzero",
+    aten._local_scalar_dense.default: "item",
+    aten.is_nonzero.default: "item",
+    aten._unique2.default: "unique",
+    aten.unique_consecutive.default: "unique",
+    aten.unique_dim.default: "unique",
+}
 
 
 class Reads(TorchDispatchMode):

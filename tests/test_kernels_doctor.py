@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import m2kernels as mk
+from m2kernels import _native, _triton
 from m2kernels._backend import BACKENDS, choose_backend
 from m2kernels._triton import interpreting, triton_reason
 
@@ -76,3 +77,31 @@ def test_libraries_use_the_stable_abi_only(name):
 def test_version_is_the_project_s():
     project = tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert mk.__version__ == project["version"]
+
+
+@pytest.mark.parametrize(
+    ("driver", "capability", "cuda", "head"),
+    [
+        (13000, (9, 0), None, None),
+        (12080, (9, 0), "the driver is for CUDA 12.8", None),
+        (13010, (12, 0), "compute capability 12.0", "compute capability 12.0; the kernels need 9.0"),
+        (13010, (8, 0), "compute capability 8.0", "compute capability 8.0; the kernels need 9.0"),
+    ],
+)
+def test_kernels_are_for_the_gpu_and_the_driver_that_are_there(driver, capability, cuda, head, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(_native, "CUDA_ERROR", None)
+    monkeypatch.setattr(_native, "cuda_runtime", lambda: 13000)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for found, wanted in ((_native._machine_reason("cuda"), cuda), (_triton.triton_head_reason(), head)):
+        assert (found is None) if wanted is None else (found is not None and wanted in found), found
+    assert triton_reason() is None, "the element-wise kernels run on any GPU from Ampere on"
+
+
+@pytest.mark.skipif(_native.CUDA_ERROR is not None, reason=str(_native.CUDA_ERROR))
+def test_the_linked_runtime_is_known_without_a_gpu():
+    assert 12000 <= _native.cuda_runtime() < 20000

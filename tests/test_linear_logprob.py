@@ -364,7 +364,8 @@ def test_opcheck_of_the_row_kernels():
     torch.library.opcheck(ops.head_grad, (logits, torch.zeros(5, 200), *settings, *rows))
     torch.library.opcheck(ops.head_dx, (torch.randn(200, 5), torch.randn(200, 16), torch.zeros(5, 16)))
     torch.library.opcheck(ops.head_dw, (torch.randn(200, 5), torch.randn(5, 16), torch.zeros(200, 16), True))
-    torch.library.opcheck(ops.head_lanes, (kept, None, *settings, *rows, torch.tensor([1, 3])))
+    for bf16 in (False, True):
+        torch.library.opcheck(ops.head_lanes, (kept, bf16, *settings, *rows, torch.tensor([1, 3])))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -394,3 +395,8 @@ def test_plain_torch_is_the_oracle_in_float64():
     logp, entropy = plain_torch(hidden, weight, case.target, **options)
     want = run_oracle(case)
     assert (logp - want.logp).abs().max() < 1e-4 and (entropy - want.entropy).abs().max() < 1e-4
+
+
+def test_a_shard_of_logits_needs_its_group():
+    with pytest.raises(ValueError, match="got vocab_start 75 and tp_group None; a shard needs its group"):
+        mk.logprob(torch.randn(3, 75), torch.tensor([80, 1, 100]), vocab_start=75)

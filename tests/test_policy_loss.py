@@ -124,6 +124,17 @@ def test_live_nan_is_not_hidden_and_zero_advantage_is_exact(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_loss_that_is_nan_has_no_finite_gradient(backend):
+    """On a GPU ids out of range say so by a NaN alone; an optimizer must not step on what the other tokens give."""
+    device = device_of(backend)
+    logp = torch.full((6,), -1.0, device=device, requires_grad=True)
+    advantage, seq = torch.tensor([1.0, float("nan")], device=device), torch.tensor([0, 0, 0, 1, 1, 1], device=device)
+    loss = mk.policy_loss(logp, logp.detach() - 0.1, advantage, seq, denom=6.0, backend=backend).loss
+    loss.backward()
+    assert loss.isnan() and (backend == "torch" or logp.grad.isnan().all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_layouts_and_index_types_agree_bitwise(backend):
     device = device_of(backend)
     spec = SPECS[9]

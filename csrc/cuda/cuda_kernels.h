@@ -17,4 +17,7 @@ int policy_loss_bwd_sm90(const float* grad, const float* logp, int64_t m, float*
 int group_advantage_sm90(const GroupAdvantageArgs& args, void* stream);
 const char* cuda_error_text(int code);
 
+// CUDART_VERSION of the runtime that is linked in: 13000 for 13.0.
+int cuda_runtime_version();
+
 }  // namespace m2k

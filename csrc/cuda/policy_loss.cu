@@ -279,6 +279,8 @@ int policy_loss_bwd_sm90(const float* grad, const float* logp, int64_t m, float*
   return cudaGetLastError();
 }
 
+int cuda_runtime_version() { return CUDART_VERSION; }
+
 const char* cuda_error_text(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }

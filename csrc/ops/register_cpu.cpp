@@ -67,6 +67,7 @@ STABLE_TORCH_LIBRARY(m2kernels, m) {
       "Tensor? grad_entropy) -> ()");
   m.def("cpu_isa(Tensor of) -> int");
   m.def("cpu_bf16_dot(Tensor of) -> bool");
+  m.def("cuda_runtime(Tensor of) -> int");  // of _ops_cuda.so
 }
 
 STABLE_TORCH_LIBRARY_IMPL(m2kernels, CPU, m) {

@@ -51,7 +51,14 @@ struct Cuda {
   }
 };
 
+// Version of the runtime that is linked in, as CUDART_VERSION; asked on a CPU tensor, for a driver
+// that is too old for it must be told before any CUDA call.
+int64_t cuda_runtime(const Tensor&) { return cuda_runtime_version(); }
+
 }  // namespace
 }  // namespace m2k
 
 STABLE_TORCH_LIBRARY_IMPL(m2kernels, CUDA, m) { m2k::register_ops<m2k::Cuda>(m); }
+STABLE_TORCH_LIBRARY_IMPL(m2kernels, CPU, m) {
+  m.impl("cuda_runtime", TORCH_BOX(&m2k::cuda_runtime));
+}

@@ -181,6 +181,8 @@ class HeadKernels:
 
     def hidden_grad(self, dz: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """dz [L, Vl] of :meth:`grad_rows` and weight [Vl, D] of one dtype -> [L, D], float32 or that dtype."""
+        if dz.is_cuda and dz.dtype != torch.float32:  # chunks, and rows with several targets, are added to it
+            return torch.mm(dz, weight, out_dtype=torch.float32)
         if dz.is_cuda or dz.dtype != torch.float32:
             return torch.mm(dz, weight)
         # A BLAS may add a whole vocabulary in one chain, which costs a digit: sums of blocks.

@@ -71,6 +71,10 @@ class TorchHead(HeadKernels):
         logits, dtype = kept
         return self.logits_grad(logits, settings, rows, upstream).to(dtype)
 
+    def logit_bytes(self, dtype: torch.dtype) -> int:
+        """See :meth:`HeadKernels.logit_bytes`: its arithmetic is in float32 whatever the GEMM gives."""
+        return max(dtype.itemsize, 4)
+
     def tile_stats(self, logits: torch.Tensor, settings: HeadSettings, *, entropy: bool) -> TileStats:
         """Statistics of logits [C, Vl] that are there already."""
         z = _capped(logits, settings) * _inverse(settings)

@@ -51,6 +51,15 @@ def cpu_bf16_dot() -> bool:
     return CPU_ERROR is None and bool(torch.ops.m2kernels.cpu_bf16_dot(torch.empty(0)))
 
 
+def cuda_runtime() -> int:
+    """CUDART_VERSION of the runtime in ``_ops_cuda.so``: 13000 for 13.0."""
+    return int(torch.ops.m2kernels.cuda_runtime(torch.empty(0)))
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 def machine_reason(backend: str) -> str | None:
     """Why this machine cannot run C++ kernels on `backend` (cpu | cuda), or None."""
     reason: str | None = _machine_reason(backend)
@@ -67,6 +76,12 @@ def _machine_reason(backend: str) -> str | None:
         return "no CUDA device is visible"
     if CUDA_ERROR is not None:
         return CUDA_ERROR + " (it is built only where nvcc is found)"
+    runtime, driver = cuda_runtime(), torch._C._cuda_getDriverVersion()
+    if driver // 1000 < runtime // 1000:  # within a major version, older drivers run newer runtimes
+        return (
+            f"_ops_cuda.so holds the CUDA {_dotted(runtime)} runtime; the driver is for CUDA {_dotted(driver)}: "
+            "update it, or build with an older nvcc"
+        )
     major, minor = torch.cuda.get_device_capability()
     if (major, minor) != (9, 0):
         return f"the device has compute capability {major}.{minor}; the kernels are for 9.0"

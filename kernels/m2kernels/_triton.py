@@ -24,12 +24,12 @@ def interpreting() -> bool:
 
 
 @constant_when_compiled
-def triton_reason(device_type: str | None = None, capability: tuple[int, int] = (8, 0)) -> str | None:
+def triton_reason(device_type: str | None = None, only: tuple[int, int] | None = None) -> str | None:
     """Why Triton kernels cannot run here, or on tensors of this device type; None if they can.
 
     Args:
         device_type: "cuda", "cpu", ...; None asks about the machine alone.
-        capability: the least compute capability that the kernels are written for.
+        only: the compute capability that the kernels are made for; None: any of 8.0 and later.
     """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -41,9 +41,10 @@ def triton_reason(device_type: str | None = None, capability: tuple[int, int] = 
         return f"the tensors are on {device_type}; on a CPU, Triton needs TRITON_INTERPRET=1"
     if not torch.cuda.is_available():
         return "no CUDA device is visible"
-    if torch.cuda.get_device_capability() < capability:
-        have, want = (".".join(map(str, c)) for c in (torch.cuda.get_device_capability(), capability))
-        return f"the device has compute capability {have}; the kernels need {want}"
+    have = torch.cuda.get_device_capability()
+    if have < (8, 0) or only not in (None, have):
+        want = "8.0 or later" if only is None else ".".join(map(str, only))
+        return f"the device has compute capability {'.'.join(map(str, have))}; the kernels need {want}"
     return None
 
 
@@ -59,7 +60,8 @@ def _bf16_reason(dtype: torch.dtype | None) -> str | None:
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_CAPABILITY = (9, 0)
-"""The head's tiles need Hopper's shared memory, and are made for its tensor maps and wgmma; the tree's too."""
+"""The head's tiles are made for Hopper's shared memory, tensor maps and wgmma; the tree's too. Not for later GPUs:
+some have less shared memory, and what the kernels become there is checked by no gate."""
 TREE_DIMS = (64, 128)
 TREE_BLOCKS = (64, 128)
 """Tiles of a plan that are worth a GPU's while; the interpreter takes smaller ones too."""

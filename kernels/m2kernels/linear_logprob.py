@@ -84,6 +84,7 @@ def head_backward(head: Head, stats: RowStats, upstream: Upstream, grads: HeadGr
 @torch.library.custom_op(
     "m2kernels::linear_logprob_fwd",
     mutates_args=(),
+    tags=(torch.Tag.cudagraph_unsafe,),  # it waits for counts on the host
     schema=f"({HEAD_SCHEMA}, bool entropy) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _fwd(*args: Any) -> tuple[torch.Tensor, ...]:
@@ -96,6 +97,7 @@ def _fwd(*args: Any) -> tuple[torch.Tensor, ...]:
 @torch.library.custom_op(
     "m2kernels::linear_logprob_bwd",
     mutates_args=(),
+    tags=(torch.Tag.cudagraph_unsafe,),  # it waits for counts on the host
     schema=f"(Tensor grad_logp, Tensor? grad_entropy, Tensor logp, Tensor entropy, Tensor log_norm, "
     f"Tensor log_norm_low, {HEAD_SCHEMA}, bool[3] needs) -> (Tensor, Tensor, Tensor)",
 )

@@ -84,7 +84,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if ctx.sums is not None and ctx.sums.waiting is not None:
             ctx.save_for_backward(hidden, weight)  # so that whoever overwrites them before backward is told
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        call.metrics = out.metrics
+        call.metrics, ctx.loss = out.metrics, out.loss.detach()
         ctx.mark_non_differentiable(out.logp, out.entropy)
         return out.loss, out.logp, out.entropy
 
@@ -102,11 +102,16 @@ class _LinearPolicyLoss(torch.autograd.Function):
             check_factor(_OP, grad_loss, ctx.grad_scale)
         grads: list[torch.Tensor | None] = [None, None, None]
         if sums is not None:
-            factor = grad_loss if grad_loss.is_cuda else float(grad_loss)
+            factor = _spoiled(grad_loss, ctx.loss) if grad_loss.is_cuda else float(_spoiled(grad_loss, ctx.loss))
             grads = list(sums.finish(factor, ctx.main_grad))
         if ctx.added:
             grads[1] = None
         return *(g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)), None
+
+
+def _spoiled(grad_loss: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    """The factor of backward, NaN where the loss is: ids out of range say so by it on a GPU, without a wait."""
+    return torch.add(grad_loss, loss, alpha=0)
 
 
 # ---- The same under torch.compile: one opaque op, whose gradients are outputs.
@@ -121,6 +126,7 @@ def _grad_dtype(x: torch.Tensor) -> torch.dtype:
 @torch.library.custom_op(
     "m2kernels::linear_policy_loss_fwd",
     mutates_args=(),
+    tags=(torch.Tag.cudagraph_unsafe,),  # it waits for counts on the host
     schema=f"({HEAD_SCHEMA}, Tensor? old_logp, Tensor advantage, Tensor seq, Tensor? rollout_logp, "
     f"Tensor? ref_logp, {_SPEC_SCHEMA}, bool per_token, float denom, Tensor? divisor, bool[3] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -161,18 +167,18 @@ def _fwd_fake(*args: Any) -> tuple[torch.Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[4:])
+    ctx.save_for_backward(output[0], *output[4:])
     ctx.needs = inputs[-1]
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     ctx.num_inputs = len(inputs)
 
 
 def _backward(ctx: Any, grad_loss: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
+    loss, *grads = ctx.saved_tensors
+    factor = _spoiled(grad_loss, loss)
     scaled = [
-        (g * grad_loss).to(dtype)
-        if need
-        else None  # grad_loss as it is: a loss scale may exceed what g's dtype holds
-        for g, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
+        (g * factor).to(dtype) if need else None  # the factor as it is: a loss scale may exceed what g's dtype holds
+        for g, dtype, need in zip(grads, ctx.dtypes, ctx.needs, strict=True)
     ]
     return *scaled, *(None for _ in range(ctx.num_inputs - 3))
 

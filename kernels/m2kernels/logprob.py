@@ -151,6 +151,8 @@ def logprob(
     if logits.dim() != 2:
         raise ValueError(f"{_OP}: logits has shape {list(logits.shape)}; expected [rows, vocabulary]")
     check_dtype(_OP, "logits", logits, FLOATS)
+    if vocab_start < 0 or (vocab_start and tp_group is None):
+        raise ValueError(f"{_OP}: got vocab_start {vocab_start} and tp_group {tp_group}; a shard needs its group")
     check_vector(_OP, "target", target, logits.shape[0])
     check_dtype(_OP, "target", target, INTEGERS)
     check_device(_OP, "target", target, logits)

@@ -144,7 +144,8 @@ def _backward_of(op: str) -> Callable[..., tuple[Any, ...]]:
     """Backward of the forward op, by the op named `op`."""
 
     def backward(ctx: Any, grad_loss: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
-        grad_logp, grad_entropy = ctx.saved_tensors
+        loss, grad_logp, grad_entropy = ctx.saved_tensors
+        grad_loss = torch.add(grad_loss, loss, alpha=0)  # NaN for ids out of range: then the gradients are too
         to_logp, to_entropy = getattr(torch.ops.m2kernels, op)(grad_loss, grad_logp, grad_entropy)
         grads: list[Any] = [None] * 19
         grads[0] = to_logp
@@ -156,9 +157,9 @@ def _backward_of(op: str) -> Callable[..., tuple[Any, ...]]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    _, stats, grad_logp, grad_entropy = output
+    loss, stats, grad_logp, grad_entropy = output
     ctx.mark_non_differentiable(stats, grad_logp, grad_entropy)
-    ctx.save_for_backward(grad_logp, grad_entropy)
+    ctx.save_for_backward(loss, grad_logp, grad_entropy)
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
