@@ -177,6 +177,7 @@ def policy_loss(s: Setup) -> Case:
     return Case(
         oracle=_oracle(denom, tokens <= 4096),
         inputs=(*inputs, *padded(s.lengths, *inputs[:4]), *packed(*inputs)),
+        least_read=sum(x.nbytes for x in inputs),
         grad=torch.ones((), device=s.device),
         wrt=(0,),
         impls={

@@ -434,8 +434,8 @@ def render(result: dict[str, Any], tokens: int, flops: float, peak_rate: float) 
         "shares raises its MFU); "
         f"GEMM rate of this machine {peak_rate:.3g} FLOP/s; clock: {result['clock']} time, phases: wall",
         "",
-        f"{'variant':<11} {'step s [95 %]':<24} {'tokens/s':>9} {'MFU %':>6} {'fwd+bwd s':>9} {'optim. s':>8} "
-        f"{'peak MiB':>8} {'computed':>8} {'micro-b.':>8} {'fill %':>6} time / {first}'s [95 %]",
+        f"{'variant':<11} {'step s [rounds]':<24} {'tokens/s':>9} {'MFU %':>6} {'fwd+bwd s':>9} {'optim. s':>8} "
+        f"{'peak MiB':>8} {'computed':>8} {'micro-b.':>8} {'fill %':>6} time / {first}'s [rounds]",
     ]
     for name, steps in result["steps"].items():
         seconds = [s["seconds"] for s in steps]
@@ -488,7 +488,7 @@ def amdahl(steps: dict[str, list[dict[str, float]]], ops: dict[str, float]) -> S
     predicted = 1 - share + share * gain
     measured, low, high = stats.bootstrap_ratio([[s["seconds"] for s in steps["eager-head"]]], [base])
     return [
-        "op       share of the step  op: eager/fused    step: predicted  step: measured [95 %]",
+        "op       share of the step  op: eager/fused    step: predicted  step: measured [over rounds]",
         f"LM head  {100 * share:>15.1f} %  {f'x{gain:.3f}':>17}  {f'x{predicted:.3f}':>15}  "
         f"x{measured:.3f} [{low:.3f}, {high:.3f}]",
     ]

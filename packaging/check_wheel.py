@@ -4,8 +4,9 @@
 
 For each wheel: torch-abi-audit finds the ops stable from torch 2.10 on; no unstable symbol, no Python and no shared
 CUDA runtime in them; machine code for sm_90a alone; a manylinux tag; a size budget; nothing but the two packages
-inside. The wheel of this Python is then installed into an empty venv where only torch and its needs can be imported,
-and its ops are run there without nvcc on PATH; of another Python's wheel the planner is loaded, which needs no torch.
+and their licences inside. The wheel of this Python is then installed into an empty venv where only torch and its
+needs can be imported, and its ops are run there without nvcc on PATH; of another Python's wheel the planner is
+loaded, which needs no torch.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ def _contents(wheel: Path, folder: Path) -> str:
     extra = [p.name for p in folder.iterdir() if p.name not in allowed and not p.name.endswith(".dist-info")]
     missing = [name for name in ("_ops_cpu.so",) if not (folder / "m2kernels" / name).exists()]
     missing += [] if list((folder / "m2kernels").glob("_planner.*.so")) else ["_planner"]
+    licenses = {p.name for p in folder.glob("*.dist-info/licenses/*")}
+    missing += sorted({"LICENSE", "THIRD_PARTY_NOTICES"} - licenses)
     return "; ".join([f"unexpected {name}" for name in extra] + [f"missing {name}" for name in missing])
 
 

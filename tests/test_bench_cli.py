@@ -152,6 +152,21 @@ def test_selftest_fails_when_something_is_missed(monkeypatch, capsys):
     assert m2bench(monkeypatch, "selftest", "--device", "cpu") == 0
 
 
+def test_reports_of_shapes_with_dots_are_found(monkeypatch, tmp_path):
+    """`qwen3-1.7b-256-35pct`: what follows the dot is no suffix."""
+    name = tmp_path / "linear_policy_loss-m2-qwen3-1.7b-256-35pct-both"
+    asked = []
+
+    def run(command, **_):
+        asked.append(command[command.index("--import") + 1])
+        return subprocess.CompletedProcess(command, 1, "", "no such file")
+
+    monkeypatch.setattr(profile.subprocess, "run", run)
+    with pytest.raises(ValueError, match="ncu cannot read"):
+        profile.measured_dram(["ncu", "-o", str(name), "python"])
+    assert asked == [f"{name}.ncu-rep"]
+
+
 def test_profile_commands(monkeypatch, cases, tmp_path, capsys):
     monkeypatch.setenv("M2BENCH_CASES", str(cases))
     for tool in profile.TOOLS:

@@ -129,7 +129,7 @@ def test_smoke_runs_the_ops_of_the_given_place(tmp_path: Path) -> None:
 def unpacked(folder: Path, *names: str, ops: bytes | None = None) -> Path:
     (folder / "m2kernels").mkdir(parents=True)
     for name in names:
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"")
     if ops is not None:
         (folder / "m2kernels" / "_ops_cuda.so").write_bytes(ops)
@@ -143,10 +143,14 @@ def test_gates_on_names_contents_and_size(check_wheel: ModuleType, tmp_path: Pat
     good = Path("m2train-0.1.0-cp311-cp311-manylinux_2_34_x86_64.whl")
     assert check_wheel._tag(wheel, tmp_path) and not check_wheel._tag(good, tmp_path)
     assert "over the budget" in check_wheel._size(wheel, tmp_path)
-    whole = unpacked(tmp_path / "a", "m2kernels/_ops_cpu.so", "m2kernels/_planner.cpython-311-x86_64-linux-gnu.so")
+    licences = [f"m2train-0.1.0.dist-info/licenses/{name}" for name in ("LICENSE", "THIRD_PARTY_NOTICES")]
+    native = ["m2kernels/_ops_cpu.so", "m2kernels/_planner.cpython-311-x86_64-linux-gnu.so"]
+    whole = unpacked(tmp_path / "a", *native, *licences)
     assert check_wheel._contents(wheel, whole) == ""
     poor = unpacked(tmp_path / "b", "tests/test_x.py")
-    assert check_wheel._contents(wheel, poor) == "unexpected tests; missing _ops_cpu.so; missing _planner"
+    assert check_wheel._contents(wheel, poor) == (
+        "unexpected tests; missing _ops_cpu.so; missing _planner; missing LICENSE; missing THIRD_PARTY_NOTICES"
+    )
 
 
 def test_gate_on_device_code(check_wheel: ModuleType, tmp_path: Path) -> None:

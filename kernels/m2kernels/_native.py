@@ -76,7 +76,8 @@ def _machine_reason(backend: str) -> str | None:
         return "no CUDA device is visible"
     if CUDA_ERROR is not None:
         return CUDA_ERROR + " (it is built only where nvcc is found)"
-    runtime, driver = cuda_runtime(), torch._C._cuda_getDriverVersion()
+    runtime = cuda_runtime()
+    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # only in builds with CUDA
     if driver // 1000 < runtime // 1000:  # within a major version, older drivers run newer runtimes
         return (
             f"_ops_cuda.so holds the CUDA {_dotted(runtime)} runtime; the driver is for CUDA {_dotted(driver)}: "

@@ -222,13 +222,13 @@ class TreePlan:
 
         A plan that is there already is returned as it is, with what backends have worked out for it.
         """
-        device = torch.device(device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        if device == self.tokens.device:
+        place = torch.device(device)
+        if place == torch.device("cuda"):
+            place = torch.device("cuda", torch.cuda.current_device())
+        if place == self.tokens.device:
             return self
         plan, tiles = _tensors(self), _tensors(self.tiles)
-        moved = iter(upload([*plan.values(), *tiles.values()], device))
+        moved = iter(upload([*plan.values(), *tiles.values()], place))
         there: dict[str, Any] = {name: next(moved) for name in plan}
         on_tiles: dict[str, Any] = {name: next(moved) for name in tiles}
         return replace(self, **there, tiles=replace(self.tiles, **on_tiles), derived={})

@@ -94,6 +94,7 @@ class Case:
         ours: the implementations that `compare` watches; no Ceiling.
         ratio, eps: an error may be `ratio` times the baseline's, plus `eps` of the oracle's largest value.
         rotate: inputs may be cloned to keep them out of the caches.
+        least_read: bytes of inputs that the implementation which reads least of them reads; None: all read all.
         pure: the same inputs give the same result, and nothing else changes.
         quality: result -> named figures of merit that go into the row.
         subset: None: the op promises no batch invariance.
@@ -116,6 +117,7 @@ class Case:
     ratio: float = 2.0
     eps: float = 1e-6
     rotate: bool = True
+    least_read: int | None = None
     pure: bool = True
     quality: Callable[[Any], dict[str, float]] | None = None
     subset: Subset | None = None

@@ -102,6 +102,7 @@ def notes(row: Row) -> list[str]:
         names = {r.to: f"{r.to} (ceiling)" if r.ceiling else r.to for r in t.others}
         ratios = (f"{names[r.to]} x{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in t.others)
         found.append(f"time over others': {', '.join(ratios)}")
+    found += [note for note in (t.note if t is not None else "", row.physics.note) if note]
     if quality:
         found.append(", ".join(f"{name} {value:.6g}" for name, value in quality.items()))
     return found

@@ -103,11 +103,14 @@ def make_ring(case: Case, cache: str, cache_bytes: int) -> tuple[list[tuple[Any,
     size = input_bytes(case.inputs)
     if cache == "warm" or not case.rotate or size == 0:
         return [first], ""
-    wanted = 3 * cache_bytes // size + 1
+    wanted = 3 * cache_bytes // (case.least_read or size) + 1
     number = max(1, min(wanted, MAX_RING, MAX_RING_BYTES // size))
     clones = [
         as_leaves(case, tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in case.inputs))
         for _ in range(number - 1)
     ]
-    note = "" if number == wanted else f"{number} input sets of {size} B, short of 3 x the cache of {cache_bytes} B"
+    read = case.least_read or size
+    note = (
+        "" if number == wanted else f"{number} input sets of {read} B read, short of 3 x the cache of {cache_bytes} B"
+    )
     return [first, *clones], note

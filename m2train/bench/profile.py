@@ -93,7 +93,7 @@ def measured_dram(words: list[str]) -> float:
     Raises:
         ValueError: ncu cannot read the report, or the counters are not in it.
     """
-    report = Path(words[words.index("-o") + 1]).with_suffix(".ncu-rep")
+    report = Path(words[words.index("-o") + 1] + ".ncu-rep")  # names of shapes hold dots
     command = ["ncu", "--import", str(report), "--csv", "--page", "raw", "--metrics", ",".join(dram.COUNTERS)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -45,8 +45,8 @@ def select_slices(dialogues: Sequence[Dialogue], recipe: Recipe) -> tuple[list[S
     """Choose `rollout.slices_per_dialogue` slices of each dialogue among those that pass the filters.
 
     Returns:
-        The slices, and how many candidates each filter dropped (`short_dialogue`: slices that a dialogue could not
-        supply). The choice depends on the dialogue's seed alone.
+        The slices, and how many candidates each filter dropped, needed or not (`short_dialogue`: slices that were
+        wanted of a dialogue with fewer patient turns). The choice depends on the dialogue's seed alone.
     """
     chosen: list[Slice] = []
     drops: Counter[str] = Counter()
@@ -62,8 +62,9 @@ def select_slices(dialogues: Sequence[Dialogue], recipe: Recipe) -> tuple[list[S
             else:
                 drops[reason] += 1
         wanted = recipe.rollout.slices_per_dialogue
-        if len(good) < wanted:
-            drops["short_dialogue"] += wanted - len(good)
+        offered = sum(turn.role == "patient" for turn in dialogue.turns)
+        if offered < wanted:
+            drops["short_dialogue"] += wanted - offered
         rng = random.Random(derive_seed(dialogue.seed, "slices"))
         picked = rng.sample(good, min(wanted, len(good)))
         chosen += sorted(picked, key=lambda s: s.num_turns)
