@@ -35,10 +35,14 @@ def length_bonus(rubric_rewards: Sequence[float], lengths: Sequence[int], algo: 
 
 
 def rescore(groups: Sequence[Group], verifier: Verifier) -> None:
-    """Score saved verdicts by the scoring of this run, which may be another than that of the run that made them."""
+    """Score saved verdicts by the scoring of this run, which may be another than that of the run that made them.
+
+    Replies that were saved with a reward and no verdicts, by something else than rubrics, keep it.
+    """
     for group in groups:
         for reply in group.replies:
-            reply.rubric_reward = verifier.score(group.rubrics, reply.verdicts)
+            if reply.verdicts:
+                reply.rubric_reward = verifier.score(group.rubrics, reply.verdicts)
 
 
 def set_advantages(groups: Sequence[Group], algo: AlgoConfig) -> None:

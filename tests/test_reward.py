@@ -75,3 +75,6 @@ def test_saved_verdicts_are_scored_as_this_run_says() -> None:
     for scoring, expected in (("healthbench", 4 / 6), ("minmax", 6 / 8)):
         rescore([saved], EmbeddedVerifier(scoring=scoring))  # type: ignore[arg-type]
         assert saved.replies[0].rubric_reward == pytest.approx(expected)
+    bare = group(reply(0.5))
+    rescore([bare], EmbeddedVerifier())
+    assert bare.replies[0].rubric_reward == 0.5

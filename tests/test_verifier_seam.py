@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from m2train.config import Recipe
 from m2train.loop import reply_group
 from m2train.records import Generation, Rubric, Turn, Verdict
 from m2train.rollout.dialogue import run_dialogue
 from m2train.rollout.fragments import Slice
-from m2train.verifier import CaseScript, PatientMessage, Verifier, build_verifier, load_cases
+from m2train.verifier import CaseScript, PatientMessage, Verifier, build_verifier, grading, load_cases
 
 MANY = 4
 
@@ -90,3 +93,25 @@ def test_patients_and_graders_are_asked_side_by_side() -> None:
         assert group.rubrics
 
     asyncio.run(run())
+
+
+def test_reading_leaves_the_event_loop_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replies of other dialogues arrive, and health checks are answered, while the embedded verifier reads."""
+
+    def slowly(*_: Any) -> Verdict:
+        time.sleep(0.1)
+        return Verdict(met=True, explanation="")
+
+    monkeypatch.setattr(grading, "grade", slowly)
+    case = load_cases()[0]
+    rubrics = [Rubric(dimension="d", text="t", weight=1, check="asks")] * 3
+
+    async def turns_of_the_loop() -> int:
+        grading_ = asyncio.ensure_future(build_verifier(Recipe().verifier).grade(rubrics, "Hello?", case, []))
+        count = 0
+        while not grading_.done():
+            await asyncio.sleep(0.005)
+            count += 1
+        return count
+
+    assert asyncio.run(turns_of_the_loop()) > 5

@@ -7,9 +7,12 @@ needs a CPU only and is deterministic under a seed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 from m2train.config import ConfigError, VerifierConfig
 from m2train.records import Rubric, Turn, Verdict
@@ -18,6 +21,8 @@ from m2train.verifier.cases import CaseSampler, CaseScript, Fact, Persona, Split
 from m2train.verifier.embedding import unsupported_reason
 from m2train.verifier.patient import PatientMessage, SimulatedPatient
 from m2train.verifier.rubrics import generate_rubrics
+
+T = TypeVar("T")
 
 __all__ = [
     "CaseSampler",
@@ -73,17 +78,26 @@ class Verifier(Protocol):
         ...
 
 
+# A question is read in some 10 ms of encoder and patterns: on the event loop, hundreds of them would keep finished
+# replies unread and health checks unanswered. One thread: the encoder takes one, and a seed's order stays its own.
+_READER = ThreadPoolExecutor(1, "verifier")
+
+
+async def _read(work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(_READER, work)
+
+
 class _EmbeddedPatient:
-    """A simulated patient, who answers at once."""
+    """A simulated patient, beside the event loop."""
 
     def __init__(self, patient: SimulatedPatient) -> None:
         self._patient = patient
 
     async def opening(self) -> PatientMessage:
-        return self._patient.opening()
+        return await _read(self._patient.opening)
 
     async def reply(self, doctor_text: str) -> PatientMessage | None:
-        return self._patient.reply(doctor_text)
+        return await _read(partial(self._patient.reply, doctor_text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +112,13 @@ class EmbeddedVerifier:
 
     async def rubrics(self, case: CaseScript, turns: Sequence[Turn]) -> list[Rubric]:
         """See :meth:`Verifier.rubrics`."""
-        return generate_rubrics(case, turns)
+        return await _read(partial(generate_rubrics, case, turns))
 
     async def grade(
         self, rubrics: Sequence[Rubric], reply_text: str, case: CaseScript, turns: Sequence[Turn]
     ) -> list[Verdict]:
         """See :meth:`Verifier.grade`."""
-        return [grading.grade(rubric, reply_text, case, turns) for rubric in rubrics]
+        return await _read(lambda: [grading.grade(rubric, reply_text, case, turns) for rubric in rubrics])
 
     def score(
         self, rubrics: Sequence[Rubric], verdicts: Sequence[Verdict], scoring: grading.Scoring | None = None
