@@ -186,10 +186,8 @@ def odd_cases() -> Iterator[Case]:
             yield Case(f"logits_forward {short}{tag}", head_rows(dtype, True, False, extras, False, size))
             yield Case(f"logits_backward {short}{tag}", head_rows(dtype, True, False, extras, True, size))
         rows, tiles = size[0], -(-size[1] // head.TILE)
-        for gathered in (False, True):
-            fields = [_meta(rows, tiles) if gathered else _meta(tiles, rows).t() for _ in range(3)]
-            launch = head.merge_launch(TileStats(_meta(rows), *fields), _meta(4, rows))
-            yield Case(f"head_merge{tag}" + " gathered" * gathered, launch)
+        fields = [_meta(tiles, rows).t() for _ in range(3)]
+        yield Case(f"head_merge{tag}", head.merge_launch(TileStats(_meta(rows), *fields), _meta(4, rows)))
         yield from (case for case in policy_cases(size[0], min(size), tag) if " k" not in case.name)
         rewards, flags, group = _meta(rows), _meta(rows, dtype=torch.bool), _meta(rows, dtype=torch.int64)
         launch = group_advantage.advantage_launch(rewards, rewards, group, flags, True, True, 1e-6)
@@ -300,12 +298,11 @@ def cases() -> Iterator[Case]:
 
 
 def merge_cases() -> Iterator[Case]:
-    """The merge of tiles, with and without entropy: as the forward writes them, and as ranks gather them."""
-    for moments, gathered in itertools.product((False, True), repeat=2):
-        tiles = [_meta(4096, 1188) if gathered else _meta(1188, 4096).t() for _ in range(2 + moments)]
+    """The merge of tiles, with and without entropy."""
+    for moments in (False, True):
+        tiles = [_meta(1188, 4096).t() for _ in range(2 + moments)]
         stats = TileStats(_meta(4096), tiles[0], tiles[1], tiles[2] if moments else None)
-        name = "head_merge" + " entropy" * moments + " gathered" * gathered
-        yield Case(name, head.merge_launch(stats, _meta(4, 4096)))
+        yield Case("head_merge" + " entropy" * moments, head.merge_launch(stats, _meta(4, 4096)))
 
 
 def _with_meta(launch: Launch, **changes: Any) -> Launch:

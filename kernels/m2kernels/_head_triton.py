@@ -190,7 +190,8 @@ def grad_launch(
 
 
 def merge_launch(stats: TileStats, out: Tensor) -> Launch:
-    """The launch that turns tiles (fields [C, T], one layout for all) into rows: out f32 [4, C]."""
+    """The launch that turns tiles (fields [C, T], as :func:`_by_tiles` lays them) into rows: out f32 [4, C]."""
+    assert all(x is None or x.t().is_contiguous() for x in stats[1:])
     rows, tiles = stats.top.shape
     args = (stats.z_target, stats.top, stats.total, stats.moment, out, rows, tiles, *stats.top.stride())
     meta = {"FAR": FAR, **MERGE_CONFIG}
@@ -200,6 +201,15 @@ def merge_launch(stats: TileStats, out: Tensor) -> Launch:
 
 def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def _by_tiles(x: Tensor | None) -> Tensor | None:
+    """[C, T] with a tile's rows side by side, as the forward writes it.
+
+    The order of a sum over tiles follows from the layout, so tiles that ranks gathered get this one: the bits are
+    those of one rank. (Row by row the merge without entropy also spills registers.)
+    """
+    return x if x is None or x.t().is_contiguous() else x.t().contiguous().t()
 
 
 class TritonHead(HeadKernels):
@@ -262,11 +272,8 @@ class TritonHead(HeadKernels):
         return out
 
     def merge(self, stats: TileStats) -> RowStats:
-        """See :meth:`HeadKernels.merge`: one launch, nothing of the size of the tiles is made."""
-        if stats.total.stride() != stats.top.stride() or (
-            stats.moment is not None and stats.moment.stride() != stats.top.stride()
-        ):
-            stats = TileStats(stats.z_target, *(_dense(x) for x in stats[1:]))  # type: ignore[arg-type]
+        """See :meth:`HeadKernels.merge`: one launch; without ranks nothing of the size of the tiles is made."""
+        stats = TileStats(stats.z_target, *(_by_tiles(x) for x in stats[1:]))  # type: ignore[arg-type]
         out = stats.top.new_empty(4, stats.top.shape[0])
         merge_launch(stats, out).run(out.device)
         return RowStats(out[0], out[1], out[2], None if stats.moment is None else out[3])
