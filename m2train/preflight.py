@@ -18,7 +18,7 @@ from m2train.host import on_cpu, open_files_limit, visible_gpus
 from m2train.models import model_shape, resolve_model, weights_size
 from m2train.rollout.chat import ChatTemplate
 from m2train.rollout.client import EngineClient
-from m2train.rollout.engine import check_engines
+from m2train.rollout.placement import check_engines
 from m2train.rollout.server import check_options
 from m2train.rundir import rollout_file
 from m2train.verifier import load_cases, split_cases, unsupported_reason

@@ -15,7 +15,7 @@ from m2train import preflight
 from m2train.config import parse
 from m2train.doctor import diagnose, missing_routes, render
 from m2train.host import free_port
-from m2train.rollout import engine
+from m2train.rollout import placement
 
 
 def doctor(*args: str | Path) -> subprocess.CompletedProcess[str]:
@@ -85,7 +85,7 @@ def test_a_driver_that_hangs_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_more_ranks_and_engines_than_gpus(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
-    for module in (engine, preflight):
+    for module in (placement, preflight):
         monkeypatch.setattr(module, "on_cpu", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     recipe = parse({"model": {"path": str(tiny_model)}, "learner": {"dp": 2}, "rollout": {"servers": 1}})

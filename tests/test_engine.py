@@ -21,7 +21,7 @@ from m2train.config import ConfigError
 from m2train.host import free_port
 from m2train.records import Generation
 from m2train.rollout import client as client_module
-from m2train.rollout import engine
+from m2train.rollout import placement
 from m2train.rollout.client import EngineLost
 from m2train.rollout.engine import EngineError, EnginePool
 from m2train.rollout.server import ServerProcess, ServerSpec, to_flags
@@ -222,12 +222,12 @@ def test_flags() -> None:
 
 
 def test_engines_take_the_last_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "on_cpu", lambda: False)
+    monkeypatch.setattr(placement, "on_cpu", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,5")
-    assert engine._devices(1, 2) == [["2", "5"]]
-    assert engine._devices(2, 2) == [["0", "1"], ["2", "5"]]
+    assert placement.devices_of(1, 2) == [["2", "5"]]
+    assert placement.devices_of(2, 2) == [["0", "1"], ["2", "5"]]
     with pytest.raises(ConfigError, match=r"rollout.servers = 3 x rollout.tensor_parallel = 2 take 6 GPUs.*shows 4"):
-        engine._devices(3, 2)
+        placement.devices_of(3, 2)
 
 
 def test_affinity_keeps_a_dialogue_on_one_engine(tiny_model: Path, tmp_path: Path) -> None:

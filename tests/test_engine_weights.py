@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from conftest import tiny_recipe
 
 from m2train.errors import RunError
 from m2train.records import Generation, VersionSpan
 from m2train.rollout import engine
-from m2train.rollout.client import EngineError, EngineLost
+from m2train.rollout.client import EngineClient, EngineError, EngineLost
 from m2train.rollout.engine import EnginePool
 from m2train.rollout.journal import Journal
 from m2train.rollout.sampler import Sampler
+from m2train.sync import FileSync
 
 
 class FakeServer:
@@ -288,3 +290,36 @@ def test_tokens_of_unnamed_weights_end_the_run(tmp_path: Path) -> None:
     journal.put("step3/a", asyncio.run(server.generate([1])))  # as one of an earlier version of m2train may hold
     journal.close()
     assert Journal(tmp_path / "journal", "step-3").get("step3/a") is None, "sampled again, not trusted"
+
+
+@pytest.mark.parametrize("fails", ["/start_weight_update", "/update_weights", "/finish_weight_update"])
+def test_an_engine_whose_update_failed_does_not_go_on(fails: str, tmp_path: Path) -> None:
+    """Its layers may be empty: going on with running requests would end it, or give tokens of no weights."""
+    called: list[str] = []
+
+    class Server(FakeServer):
+        async def call(self, method: str, path: str, **_: Any) -> None:
+            called.append(path)
+            if path == fails:
+                raise EngineLost("gone")
+
+    with pytest.raises(EngineLost):
+        asyncio.run(FileSync(Server()).publish(tmp_path / "w", "step-1"))
+    assert called[0] == "/pause" and called[-1] == fails and "/resume" not in called
+
+
+def test_no_connection_in_time_is_a_lost_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask() -> None:
+        client = EngineClient("http://127.0.0.1:1", 600.0)
+
+        async def request(*_: Any, **__: Any) -> None:
+            raise httpx.ConnectTimeout("")
+
+        monkeypatch.setattr(client._http, "request", request)
+        try:
+            await client.weight_version()
+        finally:
+            await client.close()
+
+    with pytest.raises(EngineLost, match="no connection within 10 s"):
+        asyncio.run(ask())

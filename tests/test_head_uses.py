@@ -5,6 +5,7 @@ import torch
 from head_cases import make_case, run_op
 from kernel_testing import assert_kernel
 from test_linear_logprob import BACKENDS, DTYPES, assert_case
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import m2kernels as mk
 from m2kernels._head_cpu import CpuHead
@@ -147,3 +148,14 @@ def test_a_sharded_parameter_is_refused():
             mk.linear_logprob(case.hidden, weight, case.target, **case.options)
     finally:
         dist.destroy_process_group()
+
+
+def test_the_gradient_of_hidden_leaves_a_gpu_s_gemm_in_float32():
+    with FakeTensorMode():
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            dz, weight = (torch.empty(size, device="cuda", dtype=dtype) for size in ((4, 32), (32, 8)))
+            assert TorchHead().hidden_grad(dz, weight).dtype == torch.float32
+
+
+def test_chunks_of_the_torch_head_are_counted_in_float32():
+    assert [TorchHead().logit_bytes(dtype) for dtype in (torch.bfloat16, torch.float32)] == [4, 4]

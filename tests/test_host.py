@@ -57,3 +57,11 @@ def test_gpus_are_those_that_cuda_would_see(
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
     assert visible_gpus() == wanted
+
+
+def test_as_many_files_as_the_hard_limit_allows() -> None:
+    code = (
+        "import resource; from m2train import host; N = resource.RLIMIT_NOFILE; resource.setrlimit(N, (256, 512)); "
+        "host.allow_open_files(); assert resource.getrlimit(N) == (512, 512); assert host.open_files_limit() == 512"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 from head_cases import plain_torch as plain_head
+from head_loss_cases import DEPTH, HIDDEN, TINY, VOCAB, for_spec, make_case, run
 from kernel_testing import assert_kernel
 from policy_cases import SPECS, ids
 
@@ -13,53 +14,6 @@ from m2kernels.linear_logprob import unsupported_reason
 from m2kernels.reference import linear_policy_loss_ref
 
 BACKENDS = [b for b in ("cpu", "torch") if unsupported_reason(b) is None]
-LENGTHS = [1, 0, 7, 30, 0, 13, 2]
-VOCAB, DEPTH, HIDDEN = 301, 16, 40
-TINY = VOCAB * 4 * 48  # bytes: chunks of one register block
-
-
-def make_case(dtype=torch.float32, *, per_token=False, bias=False, seed=0, on_policy=False):
-    """(leaves, keyword arguments): rows repeat, advantages have both signs, one sequence has none."""
-    g = torch.Generator().manual_seed(seed)
-    m = sum(LENGTHS)
-    hidden = torch.randn(HIDDEN, DEPTH, generator=g).to(dtype)
-    weight = (torch.randn(VOCAB, DEPTH, generator=g) * 0.7).to(dtype)
-    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
-    case = {
-        "target": torch.randint(0, VOCAB - 9, (m,), generator=g),
-        "rows": torch.randint(0, HIDDEN, (m,), generator=g),
-        "seq": torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)),
-        "temperature": torch.rand(m, generator=g) + 0.5,
-        "vocab_size": VOCAB - 9,
-        "per_token": per_token,
-    }
-    if bias:
-        leaves.append(torch.randn(VOCAB, generator=g).requires_grad_())
-    with torch.no_grad():
-        head = {k: case[k] for k in ("rows", "temperature", "vocab_size")}
-        base = mk.linear_logprob(*leaves[:2], case["target"], bias=leaves[2] if bias else None, **head).logp
-    for name in ("old_logp", "rollout_logp", "ref_logp"):
-        case[name] = base + 0.25 * torch.randn(m, generator=g)
-    if on_policy:
-        case["old_logp"] = None
-    advantage = torch.randn(m if per_token else len(LENGTHS), generator=g).abs()
-    advantage *= 1 - (torch.arange(len(advantage)) // 2 % 2) * 2
-    advantage[2] = 0  # of its sequence only the entropy or the KL have a gradient, if anything
-    case["advantage"] = advantage
-    return leaves, case
-
-
-def for_spec(case, spec):
-    drop = {"ref_logp": spec.kl_coef == 0, "rollout_logp": spec.tis_cap is None}
-    return {k: v for k, v in case.items() if not drop.get(k, False)}
-
-
-def run(leaves, case, spec, fn=mk.linear_policy_loss, upstream=1.0, **kwargs):
-    """(loss, gradients of the leaves, output)."""
-    bias = {"bias": leaves[2]} if len(leaves) > 2 else {}
-    out = fn(leaves[0], leaves[1], denom=7.0, spec=spec, **bias, **for_spec(case, spec), **kwargs)
-    loss = out if isinstance(out, torch.Tensor) else out.loss
-    return loss.detach(), torch.autograd.grad(loss * upstream, leaves), out
 
 
 def two_ops(hidden, weight, target, old_logp, advantage, seq, *, denom, spec, per_token=False, **options):
@@ -502,3 +456,23 @@ def test_wrong_arguments(change, message):
     arguments = {"hidden": leaves[0], "weight": leaves[1], "denom": 1.0, **case, **change}
     with pytest.raises(ValueError, match=message):
         mk.linear_policy_loss(**arguments)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loss_that_is_nan_has_no_finite_gradient(compiled):
+    """On a GPU ids out of range say so by a NaN alone; an optimizer must not step on what the other tokens give."""
+    leaves, case = make_case()
+    case["advantage"][0] = float("nan")
+
+    def step(*leaves):
+        return mk.linear_policy_loss(*leaves, denom=7.0, spec=mk.LossSpec(), **for_spec(case, mk.LossSpec())).loss
+
+    fn = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+    grads = torch.autograd.grad(fn(*leaves), leaves)
+    assert all(grad.isnan().all() for grad in grads)
+
+
+def test_ops_that_wait_for_the_host_stay_out_of_cuda_graphs():
+    ops = torch.ops.m2kernels
+    for op in (ops.linear_policy_loss_fwd, ops.linear_logprob_fwd, ops.linear_logprob_bwd):
+        assert torch.Tag.cudagraph_unsafe in op.default.tags

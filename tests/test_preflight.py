@@ -17,20 +17,20 @@ from m2train.config import load, parse
 from m2train.errors import RunError
 from m2train.host import free_port
 from m2train.preflight import faults
-from m2train.rollout import engine
+from m2train.rollout import placement
 from m2train.rundir import RunDir
 
 Patch = pytest.MonkeyPatch
 
 
 def one_gpu(patch: Patch) -> None:
-    for module in (engine, preflight):
+    for module in (placement, preflight):
         patch.setattr(module, "on_cpu", lambda: False)
     patch.setenv("CUDA_VISIBLE_DEVICES", "0")
 
 
 def no_gpu(patch: Patch) -> None:
-    patch.setattr(engine, "on_cpu", lambda: True)
+    patch.setattr(placement, "on_cpu", lambda: True)
 
 
 def no_embedding(patch: Patch) -> None:
@@ -238,3 +238,18 @@ def test_a_machine_whose_gpus_cannot_be_used_is_one_without(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
     monkeypatch.setattr(host.importlib.metadata, "version", lambda name: version)
     assert host.on_cpu() is cpu
+
+
+@pytest.mark.parametrize("place", ["run", "run/inner"])
+def test_rollouts_that_the_run_would_clear_are_no_source(
+    place: str, tmp_path: Path, tiny_model: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "inner" / "rollouts").mkdir(parents=True)
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("")
+    words = ["train", recipe, "--run-dir", tmp_path / "run", "--restart", "--train-from", tmp_path / place]
+    monkeypatch.setattr(sys, "argv", ["m2train", *map(str, words)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2 and "is the run directory itself, or in it" in capsys.readouterr().err
+    assert (tmp_path / "run" / "inner" / "rollouts").is_dir()

@@ -260,6 +260,13 @@ def test_false_reassurance_is_no_urgency(reply: str) -> None:
     assert "urgency" in checks_met(warning, case, opening(case))
 
 
+def test_a_bare_yes_answers_no_question() -> None:
+    case = CASES["cardiology_01"]
+    turns = [*opening(case), turn("doctor", "I see."), turn("patient", "Is there a treatment for this?")]
+    assert "answers_patient" not in checks_met("Yes. How long has your chest felt tight on the hill?", case, turns)
+    assert "answers_patient" in checks_met("Yes, there is. How long has your chest felt tight?", case, turns)
+
+
 def test_a_denied_conclusion_is_none() -> None:
     for case in CASES.values():
         turns = opening(case)

@@ -15,7 +15,7 @@ import pytest
 
 from m2train.config import ConfigError, parse
 from m2train.host import free_port
-from m2train.rollout import engine
+from m2train.rollout import engine, placement
 from m2train.rollout.client import EngineError, EngineLost
 from m2train.rollout.engine import EnginePool
 from m2train.sync import nccl, weight_transfer_flags
@@ -270,7 +270,7 @@ class Healthy:
 @pytest.fixture
 def nccl_pool(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path) -> EnginePool:
     """Two engines by URL on what looks like a GPU machine."""
-    monkeypatch.setattr(engine, "on_cpu", lambda: False)
+    monkeypatch.setattr(placement, "on_cpu", lambda: False)
     monkeypatch.setattr("m2train.sync.nccl.NcclSync", Recorder)
     monkeypatch.setattr(engine, "_BACKOFF_S", (0.0, 0.0, 0.0))
     monkeypatch.setattr(Recorder, "made", [])
@@ -339,7 +339,7 @@ def test_an_engine_that_hangs_in_a_broadcast_is_started_again(
 
 
 def test_nccl_needs_a_gpu_and_its_own_flag(tiny_model: Path, tmp_path: Path) -> None:
-    if engine.on_cpu():
+    if placement.on_cpu():
         with pytest.raises(ConfigError, match="needs a GPU in this machine"):
             EnginePool(parse({"rollout": {"weight_transfer": "nccl"}}), tiny_model, tmp_path)
     assert '{"backend": "nccl"}' in weight_transfer_flags("nccl")

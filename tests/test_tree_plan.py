@@ -1,6 +1,7 @@
 """m2kernels.plan_tree against tries of dicts and dense masks, its tiles against their definition."""
 
 import threading
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from forests import dialogues, forests, prefix_ids, replies, visible_mask
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import m2kernels as mk
 
@@ -371,3 +373,12 @@ def test_threads_plan_at_once():
         thread.join()
     for mine, theirs in zip(got, want, strict=True):
         assert torch.equal(mine.tokens, theirs.tokens) and torch.equal(mine.tiles.forward_kv, theirs.tiles.forward_kv)
+
+
+def test_a_plan_on_the_current_gpu_is_left_where_it_is(monkeypatch):
+    """`plan.to("cuda")` in every layer must not upload it again, nor forget what was worked out for it."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with FakeTensorMode():
+        tokens = torch.empty(3, dtype=torch.int32, device="cuda:1")
+    plan = replace(mk.plan_tree([[1, 2, 3]]), tokens=tokens)
+    assert plan.to("cuda") is plan and plan.to("cuda:1") is plan

@@ -30,7 +30,7 @@ from m2kernels._head_policy import LinearPolicyLoss, loss_and_grads
 from m2kernels._main_grad import Counted, check_factor, check_main_grad, count
 from m2kernels._policy_grads import PolicyTerms, graph_reason, spec_from_args, spec_to_args
 from m2kernels.metrics import FINAL_METRICS, RAW_METRICS, metrics_from_stats
-from m2kernels.policy_loss import LossSpec, _check_inputs, _check_spec, _number
+from m2kernels.policy_loss import LossSpec, _check_inputs, _check_spec, _number, _upstream_factor
 
 _OP = "linear_policy_loss"
 _NUM_ARGS = len(HeadProblem.__slots__)
@@ -102,16 +102,12 @@ class _LinearPolicyLoss(torch.autograd.Function):
             check_factor(_OP, grad_loss, ctx.grad_scale)
         grads: list[torch.Tensor | None] = [None, None, None]
         if sums is not None:
-            factor = _spoiled(grad_loss, ctx.loss) if grad_loss.is_cuda else float(_spoiled(grad_loss, ctx.loss))
+            factor = _upstream_factor(grad_loss, ctx.loss)
+            factor = factor if factor.is_cuda else float(factor)
             grads = list(sums.finish(factor, ctx.main_grad))
         if ctx.added:
             grads[1] = None
         return *(g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)), None
-
-
-def _spoiled(grad_loss: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-    """The factor of backward, NaN where the loss is: ids out of range say so by it on a GPU, without a wait."""
-    return torch.add(grad_loss, loss, alpha=0)
 
 
 # ---- The same under torch.compile: one opaque op, whose gradients are outputs.
@@ -175,7 +171,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _backward(ctx: Any, grad_loss: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
     loss, *grads = ctx.saved_tensors
-    factor = _spoiled(grad_loss, loss)
+    factor = _upstream_factor(grad_loss, loss)
     scaled = [
         (g * factor).to(dtype) if need else None  # the factor as it is: a loss scale may exceed what g's dtype holds
         for g, dtype, need in zip(grads, ctx.dtypes, ctx.needs, strict=True)

@@ -140,13 +140,19 @@ def _policy_loss_bwd_fake(
     return torch.empty_like(grad_logp), torch.empty_like(grad_entropy)
 
 
+def _upstream_factor(grad_loss: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    """What backward multiplies by: NaN where the loss is. Ids out of range say so by it on a GPU, without a wait."""
+    return torch.add(grad_loss, loss, alpha=0)
+
+
 def _backward_of(op: str) -> Callable[..., tuple[Any, ...]]:
     """Backward of the forward op, by the op named `op`."""
 
     def backward(ctx: Any, grad_loss: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
         loss, grad_logp, grad_entropy = ctx.saved_tensors
-        grad_loss = torch.add(grad_loss, loss, alpha=0)  # NaN for ids out of range: then the gradients are too
-        to_logp, to_entropy = getattr(torch.ops.m2kernels, op)(grad_loss, grad_logp, grad_entropy)
+        to_logp, to_entropy = getattr(torch.ops.m2kernels, op)(
+            _upstream_factor(grad_loss, loss), grad_logp, grad_entropy
+        )
         grads: list[Any] = [None] * 19
         grads[0] = to_logp
         if grad_entropy.numel():

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from m2train.concurrency import gather_or_cancel
-from m2train.config import ConfigError, Recipe
-from m2train.host import on_cpu, visible_gpus
-from m2train.models import model_shape
+from m2train.config import Recipe
 from m2train.records import Generation
 from m2train.rollout.client import EngineClient, EngineError, EngineLost
+from m2train.rollout.placement import server_specs, weight_transfer
 from m2train.rollout.server import ServerProcess, ServerSpec, check_options
 from m2train.sync import FileSync, WeightSync, reset_prefix_cache
 
@@ -90,7 +89,7 @@ class EnginePool:
         if recipe.rollout.urls:
             self._slots = [_Slot(i, None, url) for i, url in enumerate(recipe.rollout.urls)]
         else:
-            specs = _specs(recipe, model, run_dir)
+            specs = server_specs(recipe, model, run_dir)
             self._slots = [_Slot(i, spec) for i, spec in enumerate(specs)]
 
     @property
@@ -237,9 +236,11 @@ class EnginePool:
             return
         if slot.spec is not None:
             await client.set_weight_version(self._version)
-        elif not self._publishes:
-            self._adopt(url, await client.weight_version())
-        slot.held = self._version if slot.spec is not None else await client.weight_version()
+            slot.held = self._version
+            return
+        slot.held = await client.weight_version()
+        if not self._publishes:
+            self._adopt(url, slot.held)
 
     def _adopt(self, url: str, version: str) -> None:
         """Name the pool's weights as a given server does: they may be anyone's until this run sends its own."""
@@ -433,69 +434,3 @@ def _identity(path: Path) -> tuple[int, int, int]:
     except OSError as err:
         raise EngineError(f"weights file {path}: {err.strerror}; it must stay until the next update") from err
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def check_engines(recipe: Recipe) -> None:
-    """Refuse engines that this machine cannot have; nothing is started.
-
-    Raises:
-        ConfigError: NCCL without a GPU, or fewer GPUs than the engines take.
-    """
-    weight_transfer(recipe)
-    if not recipe.rollout.urls:
-        _devices(recipe.rollout.servers, recipe.rollout.tensor_parallel)
-
-
-def weight_transfer(recipe: Recipe) -> str:
-    """How a run's weights travel: file | nccl. "auto" is nccl where there is a GPU.
-
-    Raises:
-        ConfigError: nccl is asked for on a machine without a GPU.
-    """
-    asked = recipe.rollout.weight_transfer
-    if asked == "nccl" and on_cpu():
-        raise ConfigError("rollout.weight_transfer = 'nccl' needs a GPU in this machine; use 'file', or 'auto'")
-    if asked == "auto":
-        return "file" if on_cpu() else "nccl"
-    return asked
-
-
-def _specs(recipe: Recipe, model: Path, run_dir: Path) -> list[ServerSpec]:
-    rollout, shape = recipe.rollout, model_shape(model)
-    devices = _devices(rollout.servers, rollout.tensor_parallel)
-    width = 4 if rollout.dtype == "float32" else 2
-    return [
-        ServerSpec(
-            model=model,
-            log=run_dir / "logs" / f"vllm_{i}.log",
-            max_model_len=min(rollout.max_context_tokens + recipe.algo.max_new_tokens, shape.max_positions),
-            max_num_seqs=-(-rollout.concurrency // rollout.servers),
-            kv_bytes_per_token=2 * shape.layers * shape.kv_heads * shape.head_dim * width,
-            dtype=rollout.dtype,
-            tensor_parallel=rollout.tensor_parallel,
-            threads=rollout.threads,
-            devices=devices[i] if devices else None,
-            weight_transfer=weight_transfer(recipe),
-            options=recipe.vllm,
-        )
-        for i in range(rollout.servers)
-    ]
-
-
-def _devices(servers: int, per_server: int) -> list[list[str]] | None:
-    """The last GPUs of the machine go to the engines, the first ones to the learner. Not run on a GPU machine yet.
-
-    Raises:
-        ConfigError: fewer GPUs than the engines take.
-    """
-    if on_cpu():
-        return None
-    names = visible_gpus()
-    if len(names) < servers * per_server:
-        raise ConfigError(
-            f"rollout.servers = {servers} x rollout.tensor_parallel = {per_server} take {servers * per_server} GPUs, "
-            f"but this machine shows {len(names)} ({', '.join(names) or 'none'}); lower one of them, or let "
-            "CUDA_VISIBLE_DEVICES name more"
-        )
-    names = names[-servers * per_server :]
-    return [names[i * per_server : (i + 1) * per_server] for i in range(servers)]

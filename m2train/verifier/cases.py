@@ -8,6 +8,7 @@ training draws them are pure functions of the case ids and a seed, so a resumed 
 from __future__ import annotations
 
 import random
+import re
 import tomllib
 from collections.abc import Sequence
 from functools import lru_cache
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from m2train.verifier.utterance import normalise
 
 DATA = Path(__file__).parent / "data" / "cases"
 
@@ -166,6 +169,13 @@ def split_cases(cases: Sequence[CaseScript], seed: int = 0) -> Split:
             count += 1
     held_out, train = (tuple(sorted(half, key=lambda case: case.id)) for half in halves)
     return Split(train, held_out)
+
+
+@lru_cache(maxsize=1024)
+def diagnosis_pattern(case: CaseScript) -> re.Pattern[str]:
+    """Finds any name of the case's disease in normalised text."""
+    names = (re.escape(normalise(name)) for name in (case.diagnosis, *case.diagnosis_synonyms))
+    return re.compile(rf"\b(?:{'|'.join(names)})\b")
 
 
 class CaseSampler:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from m2train.records import Rubric, Turn, Verdict
 from m2train.verifier import voice
-from m2train.verifier.cases import CaseScript, load_cases
+from m2train.verifier.cases import CaseScript, diagnosis_pattern, load_cases
 from m2train.verifier.lexicon import COMMON, CONCEPTS, GENERIC
 from m2train.verifier.matching import Reading, read
 from m2train.verifier.phrasings import ABOUT, EXAMPLES, NOTHING
@@ -315,8 +315,7 @@ def _answers_patient(reply: Analysis, args: dict[str, Any]) -> Outcome:
 
 
 def _names_diagnosis(reply: Analysis, args: dict[str, Any]) -> Outcome:
-    names = "|".join(re.escape(normalise(name)) for name in (reply.case.diagnosis, *reply.case.diagnosis_synonyms))
-    found = affirmed(re.compile(rf"\b(?:{names})\b"), normalise(reply.reply))
+    found = affirmed(diagnosis_pattern(reply.case), normalise(reply.reply))
     return found is not None, repr(found.group()) if found else "does not name it"
 
 

@@ -11,12 +11,11 @@ state of any turn restores the patient exactly.
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from m2train.verifier import voice
-from m2train.verifier.cases import CaseScript
+from m2train.verifier.cases import CaseScript, diagnosis_pattern
 from m2train.verifier.lexicon import CONCEPTS
 from m2train.verifier.matching import Reading, read
 from m2train.verifier.utterance import affirmed, is_question, normalise, sentences, stem, words
@@ -75,14 +74,12 @@ class TerminationGate:
         """Look for a diagnosis of this case, a plan, or a goodbye."""
         parts = sentences(doctor_text)
         asks = any(is_question(part) for part in parts)
-        names = "|".join(re.escape(normalise(name)) for name in (case.diagnosis, *case.diagnosis_synonyms))
-        diagnosis = re.compile(rf"\b(?:{names})\b")
         for part in parts:
             if voice.GOODBYE.search(part):
                 return GateDecision(True, "goodbye", part)
             if asks:
                 continue
-            if voice.ASSERTS.search(part) and affirmed(diagnosis, part):
+            if voice.ASSERTS.search(part) and affirmed(diagnosis_pattern(case), part):
                 return GateDecision(True, "diagnosis", part)
             if affirmed(voice.PLAN, part):
                 return GateDecision(True, "advice", part)
