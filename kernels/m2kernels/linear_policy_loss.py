@@ -103,8 +103,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         grads: list[torch.Tensor | None] = [None, None, None]
         if sums is not None:
             factor = _upstream_factor(grad_loss, ctx.loss)
-            factor = factor if factor.is_cuda else float(factor)
-            grads = list(sums.finish(factor, ctx.main_grad))
+            grads = list(sums.finish(factor if factor.is_cuda else float(factor), ctx.main_grad))
         if ctx.added:
             grads[1] = None
         return *(g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)), None
