@@ -9,11 +9,12 @@ import pytest
 from bench_rows import make_row
 
 from m2train.bench import rows as row_files
+from m2train.bench.display import notes
 from m2train.bench.report import figures, readme, write_report
 from m2train.bench.report.markdown import to_markdown
 from m2train.bench.report.page import render
 from m2train.bench.report.select import latest
-from m2train.bench.schema import Memory, Numerics, Ratio, Row
+from m2train.bench.schema import Memory, Numerics, Physics, Ratio, Row
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,6 +98,17 @@ def test_reports_show_ratios_to_peers_own_memory_and_figures_of_merit(tmp_path):
             assert "tile_inflation 1.0312" in text
 
 
+def test_what_speaks_against_a_figure_stands_beside_it(tmp_path):
+    row, planner = make_row(), make_row(impl="planner")
+    row.timing.note, row.physics.note = "clocks were throttled", "faster than the speed of light"
+    planner.physics = Physics(note="states no bytes")
+    assert notes(row) == ["faster than the speed of light", "clocks were throttled"] and notes(planner) == []
+    for path in write_report([row, planner], tmp_path):
+        text = path.read_text()
+        assert path.suffix == ".csv" or ("clocks were throttled" in text and "faster than the speed of light" in text)
+        assert "states no bytes" not in text
+
+
 def test_a_ceiling_is_named_so_everywhere(tmp_path):
     row, bound = make_row(), make_row(impl="gemms", gpu="NVIDIA H100 80GB HBM3")
     row.timing.others = [Ratio(to="gemms", value=1.1, low=1.0, high=1.2, ceiling=True)]
@@ -143,6 +155,13 @@ def test_readme_and_committed_rows_agree():
     results = ROOT / "benchmarks" / "results"
     rows = row_files.read_rows([results] if results.exists() else [])
     assert readme.update(ROOT / "README.md", rows, write=False), "run `m2bench report --readme README.md`"
+
+
+@pytest.mark.parametrize(
+    "report", sorted((ROOT / "benchmarks" / "results").glob("*/report.md")), ids=lambda p: p.parent.name
+)
+def test_committed_reports_are_of_their_rows(report):
+    assert report.read_text() == to_markdown(row_files.read_rows([report.parent])), "run `m2bench report`"
 
 
 def test_committed_rows_can_be_repeated():

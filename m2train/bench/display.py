@@ -102,7 +102,10 @@ def notes(row: Row) -> list[str]:
         names = {r.to: f"{r.to} (ceiling)" if r.ceiling else r.to for r in t.others}
         ratios = (f"{names[r.to]} x{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in t.others)
         found.append(f"time over others': {', '.join(ratios)}")
-    found += [note for note in (t.note if t is not None else "", row.physics.note) if note]
+    physics = row.physics
+    if physics.bytes is not None or physics.flops is not None:  # else its case has no speed of light to speak of
+        found += [physics.note] if physics.note else []
+    found += [t.note] if t is not None and t.note else []
     if quality:
         found.append(", ".join(f"{name} {value:.6g}" for name, value in quality.items()))
     return found
