@@ -257,7 +257,7 @@ class Recipe(Section):
                 f"algo.max_new_tokens = {self.algo.max_new_tokens} scored tokens do not fit in "
                 f"learner.micro_batch_loss_rows = {scored}; raise the latter"
             )
-        longest = self.rollout.max_context_tokens + self.algo.max_new_tokens
+        longest = self.longest_request
         cap, tp = self.learner.micro_batch_tokens, self.learner.tp
         room = cap - cap % tp if self.learner.sequence_parallel else cap  # rows are padded to a multiple of tp
         if longest > room:
@@ -290,12 +290,17 @@ class Recipe(Section):
             )
         if layers % pp:
             raise ConfigError(f"learner.pp = {pp} does not divide the {layers} layers of {self.model.path}")
-        longest = self.rollout.max_context_tokens + self.algo.max_new_tokens
+        longest = self.longest_request
         if longest > max_positions:
             raise ConfigError(
                 f"rollout.max_context_tokens + algo.max_new_tokens = {longest} exceeds the {max_positions} positions "
                 f"of {self.model.path}"
             )
+
+    @property
+    def longest_request(self) -> int:
+        """Tokens of the longest prompt and reply that an engine is asked for."""
+        return self.rollout.max_context_tokens + self.algo.max_new_tokens
 
     @property
     def export_dtype(self) -> Literal["float32", "bfloat16"]:

@@ -216,7 +216,7 @@ async def _url_problems(recipe: Recipe) -> list[Exception]:
         client = EngineClient(url, timeout_s=20.0)
         try:
             if await client.healthy():
-                await client.check()
+                await client.check(recipe.longest_request)
         except EngineError as err:
             return err
         finally:

@@ -146,6 +146,15 @@ def test_tokens_without_weight_versions_are_refused(
         run_async(EnginePool(tiny_recipe(urls=[url]), tiny_model, tmp_path).start())
 
 
+def test_a_server_of_too_short_requests_is_refused(run_async: Any, tiny_model: Path, tmp_path: Path) -> None:
+    longest = tiny_recipe().longest_request
+    with (
+        fake_server(max_model_len=longest - 1) as url,
+        pytest.raises(EngineError, match=rf"takes {longest - 1} tokens.*--max-model-len {longest}"),
+    ):
+        run_async(EnginePool(tiny_recipe(urls=[url]), tiny_model, tmp_path).start())
+
+
 def test_raw_logprobs_are_refused(run_async: Any, tiny_model: Path, tmp_path: Path) -> None:
     with fake_server() as url, pytest.raises(EngineError, match="--logprobs-mode processed_logprobs"):
         run_async(EnginePool(tiny_recipe(urls=[url]), tiny_model, tmp_path).start())
@@ -307,7 +316,7 @@ _SPANS = ({"version": "default", "start": 0, "end": 1},)
 
 
 @contextlib.contextmanager
-def fake_server(missing: str = "", versions: Any = _SPANS) -> Iterator[str]:
+def fake_server(missing: str = "", versions: Any = _SPANS, max_model_len: int = 4096) -> Iterator[str]:
     """Answers like a vLLM server that lacks one thing: a route, weight versions of tokens, or processed log-probs."""
     import json
     import threading
@@ -318,7 +327,7 @@ def fake_server(missing: str = "", versions: Any = _SPANS) -> Iterator[str]:
     choice |= {"weight_versions": versions} if versions != "absent" else {}
     answers: dict[str, Any] = {
         "/health": {},
-        "/v1/models": {"data": [{"id": "m"}]},
+        "/v1/models": {"data": [{"id": "m", "max_model_len": max_model_len}]},
         "/resume": {},
         "/weight_info": {"weight_version": "default"},
         "/inference/v1/generate": {"choices": [choice]},

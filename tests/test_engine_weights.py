@@ -52,7 +52,7 @@ class FakeServer:
     async def end_abandoned_update(self) -> bool:
         return False
 
-    async def check(self) -> None:
+    async def check(self, longest_request: int) -> None:
         pass
 
     async def healthy(self) -> bool:
@@ -126,7 +126,7 @@ def mortal_pool(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Pat
             raise EngineLost("the vLLM server ended while starting: out of memory")
         return servers[-1]
 
-    async def check(server: FakeServer) -> None:
+    async def check(server: FakeServer, longest_request: int) -> None:
         if len(servers) == 3:
             server.alive = False
             raise EngineLost("connection reset")

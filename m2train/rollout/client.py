@@ -53,13 +53,23 @@ class EngineClient:
         except httpx.HTTPError:
             return False
 
-    async def check(self) -> None:
+    async def check(self, longest_request: int) -> None:
         """Refuse a server that was started without what training needs, naming the flag to add.
 
+        Args:
+            longest_request: tokens of the longest prompt and reply that will be asked for.
+
         Raises:
-            EngineError: token route, weight routes, weight versions of tokens or processed log-probs are missing.
+            EngineError: token route, weight routes, weight versions of tokens or processed log-probs are missing, or
+                requests may be longer than the server takes.
         """
-        self._model = (await self.call("GET", "/v1/models"))["data"][0]["id"]
+        card = (await self.call("GET", "/v1/models"))["data"][0]
+        self._model, room = card["id"], card["max_model_len"]
+        if room < longest_request:
+            raise EngineError(
+                f"{self.url} takes {room} tokens a request; rollout.max_context_tokens + algo.max_new_tokens = "
+                f"{longest_request}: start it with --max-model-len {longest_request}, or lower one of the two"
+            )
         await self.weight_version()
         # top_k = 1 leaves one token: its log-prob is 0 if filters are part of the distribution, else below 0.
         answer = await self._generate([0], {"max_tokens": 1, "temperature": 1.0, "top_k": 1, "logprobs": 0})

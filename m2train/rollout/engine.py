@@ -230,7 +230,7 @@ class EnginePool:
                 log.warning("%s was left in the middle of a weight update; it was ended", url)
                 await reset_prefix_cache(client)
             await client.call("POST", "/resume")
-        await client.check()
+        await client.check(self._recipe.longest_request)
         if self._source is not None:
             await self._publish(slot)
             return

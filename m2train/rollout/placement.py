@@ -53,7 +53,7 @@ def server_specs(recipe: Recipe, model: Path, run_dir: Path) -> list[ServerSpec]
         ServerSpec(
             model=model,
             log=run_dir / "logs" / f"vllm_{i}.log",
-            max_model_len=min(rollout.max_context_tokens + recipe.algo.max_new_tokens, shape.max_positions),
+            max_model_len=recipe.longest_request,
             max_num_seqs=-(-rollout.concurrency // rollout.servers),
             kv_bytes_per_token=2 * shape.layers * shape.kv_heads * shape.head_dim * width,
             dtype=rollout.dtype,
