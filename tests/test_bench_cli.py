@@ -216,7 +216,8 @@ class FakeServer:
         names = request["impls"]
         return {"samples": {n: [1.0, 1.1, 1.2] for n in names}, "launches": dict.fromkeys(names, 1),
                 "launch_us": dict.fromkeys(names, 2.0), "energy_j": {}, "stopped": "budget", "stale": {}, "unit": "s",
-                "note": "", "gpu": [], "timer": "events"}  # fmt: skip
+                "note": "", "timer": "events",
+                "gpu": {"m2": {"sm_clock_mhz": 1980, "power_w": 650.5, "throttle": "0x4"}, "torch": {}}}  # fmt: skip
 
     def post(self, op, **request):
         self.posted = (op, request)
@@ -253,6 +254,9 @@ def test_an_implementation_that_breaks_the_gpu_is_refused_alone(monkeypatch, tmp
     # The clock that was used, not the one that was asked for.
     assert {found[name].identity.timer for name in ("m2", "torch")} == {"events"}
     assert "--timer events" in found["m2"].repro
+    # The state under a row's own load: bit 2 is a cap of the power.
+    want = {"sm_clock_mhz": [1980] * 3, "power_w": [650.5] * 3, "throttle": 4}
+    assert found["m2"].machine["during"] == want and "during" not in found["torch"].machine
 
 
 def test_what_breaks_is_a_row_and_the_run_goes_on(monkeypatch, tmp_path):

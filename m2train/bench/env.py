@@ -9,7 +9,8 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ _GPU_FIELDS = {
     "temperature_c": "temperature.gpu",
     "throttle": "clocks_event_reasons.active",
 }
+_SMI_S = 30.0
 _HARMLESS = 0x1 | 0x2  # idle; clocks as an application asked for them
 
 
@@ -151,9 +153,14 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def gpu_state() -> dict[str, Any]:
-    """What nvidia-smi says of the GPU in use now; numbers where they are numbers; {} without nvidia-smi."""
-    rows = _smi("--query-gpu=" + ",".join(_GPU_FIELDS.values()))
+def gpu_state(busy: Callable[[], object] | None = None) -> dict[str, Any]:
+    """What nvidia-smi says of the GPU in use now; numbers where they are numbers; {} without nvidia-smi.
+
+    Args:
+        busy: called again and again until nvidia-smi has answered, so that the clocks, watts and reasons to throttle
+            are those of its load; an idle GPU has others.
+    """
+    rows = _smi("--query-gpu=" + ",".join(_GPU_FIELDS.values()), busy)
     if not rows:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
@@ -161,16 +168,23 @@ def gpu_state() -> dict[str, Any]:
     return {name: _number(value) for name, value in zip(_GPU_FIELDS, rows[index], strict=False)}
 
 
-def _smi(query: str) -> list[list[str]]:
+def _smi(query: str, busy: Callable[[], object] | None = None) -> list[list[str]]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
-    out = subprocess.run(
-        [tool, query, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=False, timeout=30
-    )
-    if out.returncode != 0:
+    command = [tool, query, "--format=csv,noheader,nounits"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        deadline = time.monotonic() + _SMI_S
+        while busy is not None and process.poll() is None and time.monotonic() < deadline:
+            busy()
+        try:
+            out, _ = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:  # a driver that hangs
+            process.kill()
+            return []
+    if process.returncode != 0:
         return []
-    return [[value.strip() for value in line.split(",")] for line in out.stdout.splitlines() if line.strip()]
+    return [[value.strip() for value in line.split(",")] for line in out.splitlines() if line.strip()]
 
 
 def _number(text: str) -> float | int | str:
@@ -183,7 +197,7 @@ def _number(text: str) -> float | int | str:
 
 
 def spread(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """Clocks, power and temperature over a run (min, median, max), and every throttle bit that was seen."""
+    """Clocks, power and temperature under load (min, median, max of the processes), and every throttle bit seen."""
     found: dict[str, Any] = {}
     for name in ("sm_clock_mhz", "memory_clock_mhz", "power_w", "temperature_c"):
         values = sorted(s[name] for s in states if isinstance(s.get(name), int | float))

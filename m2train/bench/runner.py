@@ -282,7 +282,6 @@ class _Group:
                 return
             answers.append(answer)
         timer = answers[0]["timer"]
-        states = [state for answer in answers for state in answer["gpu"]]
         for name in good:
             numerics = Numerics.from_dict(checked[name]["numerics"])
             late = answers[0]["stale"].get(name)
@@ -307,6 +306,7 @@ class _Group:
                 threads=self.options.threads,
             )
             row.physics.energy_j = answers[0]["energy_j"].get(name)
+            states = [answer["gpu"][name] for answer in answers if answer["gpu"][name]]
             if states:
                 row.machine = row.machine | {"during": env.spread(states)}
             yield row

@@ -199,14 +199,12 @@ class Server:
         bench = self._open()
         if phase == "bwd" and not timer.bwd_alone:
             return {"skip": f"timer {timer.name} cannot time a backward without its forward"}
-        before = env.gpu_state() if self.device.type == "cuda" else {}
         ready, note = bench.ready(impls, phase, cache, timer, min_sample_s, warmup_s)
         run = Measurement(ready, timer)
         try:
             stopped = run.run(budget_s * len(impls), 3 if isinstance(timer, CallgrindTimer) else None)
         finally:
             timer.forget()
-        after = env.gpu_state() if before else {}
         checked = [name for name in impls if name not in bench.case.ceilings]
         late = {name: bench.checker(phase).stale(name) for name in checked} if stale else {}
         return {
@@ -218,8 +216,20 @@ class Server:
             "stale": {name: why for name, why in late.items() if why},
             "unit": timer.unit,
             "note": note,
-            "gpu": [before, after] if before else [],
+            "gpu": {name: self._state_under(one) for name, one in ready.items()},
         }
+
+    def _state_under(self, one: Ready) -> dict[str, Any]:
+        """CUDA: clocks, power and temperature under this load, read after its timing, not to disturb it."""
+        if self.device.type != "cuda":
+            return {}
+
+        def busy() -> None:
+            arm(one.launches[:1])
+            one.launches[0]()
+            torch.cuda.synchronize()
+
+        return env.gpu_state(busy)
 
     def _joules(self, one: Ready, seconds: float) -> float | None:
         """CUDA: energy of a launch, where NVML counts it. A forward that bwd needs would be counted too."""
