@@ -138,6 +138,7 @@ def _steps(steps: Steps, wheels: Path | None, *, dry: bool) -> bool:
         ok &= steps.run("wheels", *pip, SITE, *files) if files else steps.skip("wheels", f"no .whl in {wheels}")
     if not steps.run("build", *pip, SITE, "--no-build-isolation", ROOT, share=0.4):
         return False
+    shutil.copy(ROOT / "packaging" / "build_first.py", SITE / "sitecustomize.py")
     ok &= _own_wheel(steps, pip, "cpu" if dry else "cuda")
     tests = (python, *TESTS)
     bench = (python, "-m", "m2train.bench.cli")

@@ -83,6 +83,9 @@ def test_the_wheel_of_this_python_is_run_too(
 
     failing = ""
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "SITE", tmp_path)
+    (tmp_path / "packaging").mkdir()
+    (tmp_path / "packaging" / "build_first.py").touch()
     steps = Recorder(tmp_path, 60.0, {})
     assert gpu_check._steps(steps, None, dry=dry) and "own wheel" not in said
     assert steps.results["own wheel"].startswith("NOT RUN: no dist/m2train-*-cp3"), "and it is said"
@@ -106,6 +109,32 @@ def test_the_gpu_tests_are_found_as_gpu_check_runs_them(gpu_check: ModuleType) -
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(f"[{backend}-" in done.stdout or f"-{backend}]" in done.stdout for backend in ("triton", "cuda"))
+
+
+def test_gpu_check_imports_what_it_built(tmp_path: Path) -> None:
+    """Not this checkout, whose editable install and working folder come first elsewhere."""
+    shutil.copy(ROOT / "packaging" / "build_first.py", tmp_path / "sitecustomize.py")
+    packages = ("m2kernels", "m2train", "m2train.bench")
+    for name in packages:
+        place = tmp_path.joinpath(*name.split("."))
+        place.mkdir()
+        (place / "__init__.py").touch()
+    code = (
+        "import importlib.util, sys; print(*(importlib.import_module(name).__file__ for name in sys.argv[1:]));"
+        "assert importlib.util.find_spec('m2kernels._ops_cpu') is None, 'of another build'"
+    )
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *packages, "numpy"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=env,
+        check=True,
+    )
+    *ours, numpy = done.stdout.split()
+    assert [Path(path).parent for path in ours] == [tmp_path.joinpath(*name.split(".")) for name in packages]
+    assert not Path(numpy).is_relative_to(tmp_path)
 
 
 def test_smoke_runs_the_ops_of_the_given_place(tmp_path: Path) -> None:
