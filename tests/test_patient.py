@@ -46,6 +46,16 @@ def test_the_opening_is_the_complaint_and_tells_what_it_volunteers() -> None:
     assert opening.state["told"] == ["trigger"]
 
 
+def test_what_was_recorded_of_a_turn_does_not_change_later() -> None:
+    """Each state says what all answers so far told, and that turn's own part of it."""
+    states = [turn.state for turn in talk(CASE, 0) if turn.role == "patient"]
+    told: list[str] = []
+    for state in states:
+        told += [fact for fact in state["told_now"] if fact not in told]
+        assert state["told"] == told == state["memory"]["told"]
+    assert len(told) > len(states[0]["told_now"])
+
+
 def test_facts_come_only_when_asked_for() -> None:
     patient = SimulatedPatient(CASE, 0)
     patient.opening()

@@ -252,7 +252,7 @@ class SimulatedPatient:
     def opening(self) -> PatientMessage:
         """The chief complaint; it carries the volunteered facts."""
         volunteered = [fact.id for fact in self.case.facts if fact.disclose == "volunteered"]
-        self._state = _State(told=volunteered)
+        self._state = _State(told=list(volunteered))
         return PatientMessage(self.case.complaint.text, self._export(told_now=volunteered))
 
     def reply(self, doctor_text: str) -> PatientMessage | None:
