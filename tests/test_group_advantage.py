@@ -72,6 +72,21 @@ def test_empty_all_invalid_and_strided(backend):
     assert mk.group_advantage(nan, group, backend=backend)[3:].tolist() == [-2, 0, 2]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("reward", [0.1, 0.3, 0.7, -1e300])
+@pytest.mark.parametrize("num", [1, 3, 6, 7, 10, 16])
+def test_equal_rewards_give_exact_zeros(dtype, reward, num):
+    """Whose rows have no gradient, and are skipped; a hidden row and another group do not matter."""
+    rewards = torch.tensor([reward] * num + [5.0, 1.0, 2.0], dtype=dtype)
+    group = torch.tensor([0] * (num + 1) + [1, 1])
+    valid = torch.tensor([True] * num + [False, True, True])
+    for baseline in ("mean", "loo"):
+        got = mk.group_advantage(rewards, group, baseline=baseline, scale="std", eps=0.0, valid=valid)
+        if rewards[0].isfinite():
+            assert got[: num + 1].tolist() == [0.0] * (num + 1)
+        assert got[-1] == -got[-2] != 0
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(-3, 3)), min_size=1, max_size=40))
 def test_groups_sum_to_zero_in_any_order(pairs):

@@ -5,6 +5,7 @@ import torch
 from head_cases import make_case, run_op
 from kernel_testing import assert_kernel
 from test_linear_logprob import BACKENDS, DTYPES, assert_case
+from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import m2kernels as mk
@@ -117,6 +118,7 @@ def test_no_second_derivative():
         ({"target": torch.full((37,), -1)}, "target holds -1 to -1"),
         ({"vocab_size": 2}, "expected ids from 0 and below 2"),
         ({"vocab_size": 0}, "got vocab_size 0"),
+        ({"rows": torch.ones(24) > 0}, r"rows is a mask; expected row numbers.*pass rows.nonzero\(\)\[:, 0\]"),
         ({"rows": torch.full((37,), 24)}, "rows holds 24 to 24; expected ids from 0 and below 24"),
         ({"bias": torch.zeros(299)}, "bias has shape"),
         ({"temperature": 0.0}, "got temperature 0.0"),
@@ -134,9 +136,49 @@ def test_wrong_arguments(change, message):
         mk.linear_logprob(**arguments)
 
 
+def test_a_group_of_one_rank_holds_all_ids():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        case = make_case()
+        given = (case.hidden, case.weight, case.target)
+        whole = mk.linear_logprob(*given, tp_group=dist.group.WORLD, **case.options)
+        assert torch.equal(whole.logp, mk.linear_logprob(*given, **case.options).logp)
+        for call in (
+            lambda: mk.linear_logprob(*given, tp_group=dist.group.WORLD, vocab_start=20, **case.options),
+            lambda: mk.logprob(case.weight, case.target[:1].expand(300), tp_group=dist.group.WORLD, vocab_start=20),
+        ):
+            with pytest.raises(ValueError, match="got vocab_start 20 and a tp_group of one rank; expected 0"):
+                call()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_default_device_does_not_matter():
+    """Tensors that a call makes for itself are where its arguments are."""
+    case = make_case()
+    plan = mk.plan_tree([[1, 2, 3], [1, 2, 4, 5], [6]])
+    q, reward, seq = torch.randn(plan.num_rows, 2, 8, requires_grad=True), torch.randn(6), torch.arange(6) // 2
+
+    def everything():
+        leaves, options = case.leaves()
+        logp = mk.linear_logprob(*leaves, case.target, **options).logp
+        trees = [mk.tree_attention(q, q, q, plan, backend=backend) for backend in ("cpu", "torch")]
+        advantage = mk.group_advantage(reward, seq)
+        loss = mk.policy_loss(reward.clone().requires_grad_(), None, advantage, seq, denom=6.0, per_token=True).loss
+        (sum(t.sum() for t in trees) + logp.sum() + loss).backward()
+        grads, q.grad = [q.grad, *(x.grad for x in leaves)], None
+        return [logp.detach(), *(t.detach() for t in trees), advantage, loss.detach(), *grads]
+
+    want, report = everything(), mk.doctor()
+    with torch.device("meta"):
+        got = everything()
+        assert mk.doctor() == report
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_sharded_parameter_is_refused():
     """FSDP2's parameter outside of its module's forward."""
-    from torch import distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 

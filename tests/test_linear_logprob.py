@@ -117,6 +117,28 @@ def test_unlikely_targets(backend, dtype, vocab):
     assert got.logp.tolist() == pytest.approx([-80, -85, -90, -800], rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_overflowed_target_is_nan_and_no_certainty(backend, dtype):
+    """What a loss scaler, or a look at the gradient's norm, must see; rows beside it are as ever."""
+    large = torch.finfo(dtype).max / 2
+    hidden = torch.tensor([[large, 0.0], [0.0, 1.0]], dtype=dtype)
+    weight = torch.zeros(300, 2, dtype=dtype)
+    weight[5], weight[9] = torch.tensor([8.0, 1.0]), torch.tensor([0.0, 1.0])
+    if backend == "cpu" and dtype == torch.float16:
+        backend = "auto"
+    leaf = hidden.requires_grad_()
+    out = mk.linear_logprob(leaf, weight, torch.tensor([5, 9]), entropy=True, backend=backend)
+    logits = (hidden.detach() @ weight.t()).requires_grad_()
+    assert logits[0, 5] == torch.inf
+    of_logits = mk.logprob(logits, torch.tensor([5, 9]), entropy=True, backend=backend)
+    for found, given in ((out, leaf), (of_logits, logits)):
+        assert found.logp[0].isnan() and found.entropy[0].isnan()
+        assert float(found.logp[1].detach()) == pytest.approx(1 - math.log(298 + 2 * math.e), rel=1e-3)
+        (grad,) = torch.autograd.grad(found.logp.sum(), given)
+        assert grad[0].isnan().any() and grad[1].isfinite().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("offset", "vocab"), [(0.0, 64), (1000.0, 64), (0.0, 151936)])
 def test_confident_tokens_are_exact(backend, offset, vocab):
@@ -385,6 +407,28 @@ def test_compile_fullgraph(backend):
         results.append((value.detach(), *torch.autograd.grad(value, leaves)))
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(eager, compiled, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["temperature", "softcap"])
+def test_compiled_calls_take_other_numbers(name):
+    """From its second value on, torch.compile makes a symbol of a number."""
+    case = make_case()
+    case.options.pop(name, None)
+
+    def step(hidden, number):
+        return mk.linear_logprob(hidden, case.weight, case.target, **{**case.options, name: number}).logp
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for number in (1.5, 2.5, 3.5):
+        torch.testing.assert_close(compiled(case.hidden, number), step(case.hidden, number))
+
+
+def test_compiled_calls_refuse_what_eager_ones_do():
+    case = make_case()
+    compiled = torch.compile(mk.linear_logprob, fullgraph=True, backend="aot_eager")
+    for bad in (-100, 300):
+        with pytest.raises(ValueError, match=f"target holds {bad} to {bad}; expected ids from 0 and below 300"):
+            compiled(case.hidden, case.weight, torch.full_like(case.target, bad), **case.options)
 
 
 def test_plain_torch_is_the_oracle_in_float64():

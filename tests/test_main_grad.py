@@ -96,6 +96,63 @@ def test_recompute_with_a_target_made_anew_never_counts_twice(grad_scale):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+CHECKPOINTS = [{"use_reentrant": True}, {"use_reentrant": False}, {"use_reentrant": False, "early_stop": False}]
+
+
+@pytest.mark.parametrize("options", CHECKPOINTS, ids=str)
+@pytest.mark.parametrize("logged", [False, True])
+def test_a_layer_that_asks_for_the_recomputation_after_the_loss_s_backward_never_counts_twice(options, logged):
+    """The op saves nothing, so its own backward may come before the region is computed again, all of it."""
+    leaves, case = make_case()
+    layer = torch.nn.Linear(DEPTH, DEPTH)
+    buffers = []
+
+    def last_stage(x, main_grad):
+        hidden = torch.tanh(layer(x))
+        loss = mk.linear_policy_loss(
+            hidden, leaves[1], denom=7.0, main_grad=main_grad, grad_scale=1.0, **for_spec(case, mk.LossSpec())
+        ).loss
+        return (loss, hidden.square().mean()) if logged else (loss,)
+
+    for wrap in (False, True):
+        buffers.append(torch.zeros(VOCAB, DEPTH))
+        hidden = leaves[0].detach().requires_grad_()
+        for _ in range(2):  # the second time beside a loss that is kept
+            out = checkpoint(last_stage, hidden, buffers[-1], **options) if wrap else last_stage(hidden, buffers[-1])
+            out[0].backward()
+            del hidden.grad
+            kept = out  # noqa: F841
+    torch.testing.assert_close(buffers[1], buffers[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", CHECKPOINTS, ids=str)
+def test_a_call_on_the_same_targets_does_not_silence_a_recomputation(options):
+    leaves, case = make_case()
+    buffers = []
+
+    def forward(x, main_grad):
+        return mk.linear_policy_loss(
+            x * 1.0, leaves[1], denom=7.0, main_grad=main_grad, grad_scale=1.0, **for_spec(case, mk.LossSpec())
+        ).loss
+
+    for wrap in (False, True):
+        buffers.append(torch.zeros(VOCAB, DEPTH))
+        first, second = (leaves[0].detach().mul(k).requires_grad_() for k in (1.0, 2.0))
+        plain = forward(first, buffers[-1])  # made first: its backward comes after the recomputation
+        again = checkpoint(forward, second, buffers[-1], **options) if wrap else forward(second, buffers[-1])
+        (plain + again).backward()
+    torch.testing.assert_close(buffers[1], buffers[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_call_that_is_refused_adds_nothing():
+    leaves, case = make_case()
+    main_grad = torch.zeros(VOCAB, DEPTH)
+    case["seq"] = case["seq"].flip(0)
+    with pytest.raises(ValueError, match="linear_policy_loss: seq has .* ids that are out of order"):
+        main_grad_step(leaves, case, main_grad, 1.0, 1.0)
+    assert not main_grad.any()
+
+
 def test_another_factor_than_grad_scale_raises():
     leaves, case = make_case()
     with pytest.raises(ValueError, match=r"brings a gradient of 2.0; expected grad_scale=4.0"):

@@ -145,6 +145,10 @@ def test_largest_first_needs_help_from_the_caps():
     assert sorted(sum(weights[i][0] for i in b) for b in bins) == [10, 10, 10]
 
 
+def test_costs_may_want_a_gradient():
+    assert mk.pack_balanced(torch.tensor([3.0, 1.0, 2.0], requires_grad=True), 2) == [[0], [1, 2]]
+
+
 @pytest.mark.parametrize(
     ("args", "kwargs", "message"),
     [
@@ -162,6 +166,8 @@ def test_largest_first_needs_help_from_the_caps():
         ((["a"],), {}, "not an array of numbers"),
         (([1], 0), {}, "num_bins is 0"),
         (([1],), {"max_items": 0}, "max_items is 0"),
+        (([1, 1], 2), {"max_items": 2**31}, "max_items is 2147483648"),
+        (([1, 1], 2**31), {}, "num_bins is 2147483648"),
         (([1],), {"weights": [[1]]}, "come together"),
         (([1],), {"weights": [[1]], "max_weights": [1, 2]}, "a row an item"),
         (([1],), {"max_cost": float("inf")}, "expected a finite number"),

@@ -303,6 +303,43 @@ def test_compile_fullgraph(backend):
         torch.testing.assert_close(eager, compiled, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "torch"])
+def test_compiled_calls_take_other_lengths_and_denominators(backend):
+    case = make_case(LENGTHS)
+
+    def step(logp, seq, denom):
+        arguments = case | {"logp": logp, "old_logp": case["old_logp"][: len(seq)], "seq": seq}
+        arguments = {
+            k: v[: len(seq)] if k in ("entropy", "mask") and v is not None else v for k, v in arguments.items()
+        }
+        arguments = for_spec(arguments, mk.LossSpec())
+        return mk.policy_loss(**arguments, denom=denom, backend=backend).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for cut in (0, 1, 2):
+        logp, seq = (case[k][: len(case["seq"]) - cut] for k in ("logp", "seq"))
+        for denom in (len(seq), 7.5 + cut):
+            torch.testing.assert_close(compiled(logp, seq, denom), step(logp, seq, denom))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_loss_may_be_changed_in_place(backend, compiled):
+    case = make_case(LENGTHS)
+    arguments = for_spec(case, mk.LossSpec())
+
+    def step(logp):
+        return mk.policy_loss(**arguments | {"logp": logp}, denom=4.0, backend=backend).loss
+
+    want, got = (case["logp"].clone().requires_grad_() for _ in range(2))
+    (step(want) / 3 + want.sum()).backward()
+    loss = (torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step)(got)
+    loss /= 3
+    loss += got.sum()
+    loss.backward()
+    torch.testing.assert_close(got.grad, want.grad)
+
+
 def base_arguments():
     case = for_spec(make_case([2, 3]), mk.LossSpec())
     return {**case, "denom": 1.0}

@@ -313,9 +313,11 @@ def test_the_order_of_the_input_changes_no_visibility():
     ("arguments", "message"),
     [
         ({"sequences": [[1.5]]}, "sequence 0 is float64; expected integers"),
+        ({"sequences": [torch.ones(2, dtype=torch.bfloat16)]}, "sequence 0 is torch.bfloat16; expected integers"),
         ({"sequences": [[1], [[2]]]}, "sequence 1 has shape"),
         ({"sequences": [[1], [2**31]]}, "sequence 1 has a token id that is not an int32"),
         ({"sequences": [[1]], "keys": []}, "got 0 keys for 1 sequences"),
+        ({"sequences": [[1]], "keys": [[0]]}, "unhashable type: 'list' in keys; expected hashable"),
         ({"sequences": [[1]], "block": 100}, "got block 100"),
         ({"sequences": [[1]], "block": 64, "kv_block": 128}, "got kv_block 128; expected .* to block, 64"),
         ({"sequences": [[1]], "kv_block": 48}, "got kv_block 48"),
@@ -324,6 +326,13 @@ def test_the_order_of_the_input_changes_no_visibility():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         mk.plan_tree(**arguments)
+
+
+def test_keys_may_be_an_array():
+    sequences = [[1, 2, 3], [1, 2], [1, 4], [1, 2]]
+    want = mk.plan_tree(sequences, keys=[7, 7, 8, 8])
+    for keys in (torch.tensor([7, 7, 8, 8]), np.array([7, 7, 8, 8])):
+        assert mk.plan_tree(sequences, keys=keys).tokens.tolist() == want.tokens.tolist()
 
 
 def test_bad_questions():

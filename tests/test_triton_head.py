@@ -67,7 +67,7 @@ def test_merge_equals_torch_on_hostile_tiles():
     total = 1 + torch.rand(40, 70, generator=g) * 100
     moment = -torch.rand(40, 70, generator=g) * total
     target = torch.randn(40, generator=g)
-    target[:6] = torch.tensor([-2000.0, -900.0, 900.0, 30.0, 1e30, -torch.inf])
+    target[:7] = torch.tensor([-2000.0, -900.0, 900.0, 30.0, 1e30, -torch.inf, torch.inf])
     top[10:20] += 1000.0
     target[10:20] += 1000.0
     target[15:20] += 60.0  # logp near 0
@@ -76,6 +76,7 @@ def test_merge_equals_torch_on_hostile_tiles():
     total[9, 1] = float("nan")
     stats = TileStats(target, top, total, moment)
     want = merge_tiles(stats)
+    assert want.logp[6].isnan()
     for layout in (stats, TileStats(target, *(x.t().contiguous().t() for x in stats[1:]))):
         for a, b in zip(head().merge(layout), want, strict=True):
             torch.testing.assert_close(a, b, rtol=3e-7, atol=1e-30, equal_nan=True)

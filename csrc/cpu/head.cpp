@@ -21,13 +21,14 @@ constexpr int64_t kGrain = 1 << 14;  // logits a thread should have at least
 int64_t row_grain(int64_t columns) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(columns, 1)); }
 
 // Everything is anchored at the target's z, so that a log-prob near 0 loses nothing to
-// cancellation; at the largest z where that is out of reach of exp.
+// cancellation; at the largest z where that is out of reach of exp, and where the target's z has
+// overflowed to inf: that gives NaN.
 void merge_row(const CpuKernels& kernels, float z_target, HeadTiles tiles, int64_t rows,
                float* out) {
   const double target = z_target;
   double largest = -std::numeric_limits<double>::infinity();
   for (int64_t t = 0; t < tiles.count; ++t) largest = std::max<double>(largest, tiles.top[t]);
-  const bool near = largest - target <= 600.0;
+  const bool near = largest - target <= 600.0 && target < std::numeric_limits<double>::infinity();
   tiles.anchor = near ? target : largest;
   double sums[2];
   kernels.head_merge(tiles, sums);

@@ -135,8 +135,9 @@ class Head:
             p = self.problem
             width, dim = self.weight.shape
             self.vocab = VocabGroup(p.group, p.vocab_start, width, self.kernels, self.weight, (dim, p.vocab_size))
-            if p.group is not None:  # now it is known how many ids there are
-                check_ids("LM head", "target", p.target, self.vocab.total)
+            # Again: with a group it is known only now how many ids there are, and a traced call has not been checked.
+            total = self.vocab.total
+            check_ids("LM head", "target", p.target, total if p.vocab_size is None else min(total, p.vocab_size))
         return self.vocab.widest
 
     def step(self, width: int) -> int:

@@ -26,7 +26,7 @@ def check_temperature(
         check_dtype(op, "temperature", temperature, (torch.float32,))
         check_device(op, "temperature", temperature, like)
         return temperature.detach(), 1.0
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:  # not math.isfinite: torch.compile makes guards of comparisons
         raise ValueError(f"{op}: got temperature {temperature}; expected a number over 0")
     return None, float(temperature)
 
@@ -64,6 +64,11 @@ def _check_tensors(
             "weight is [vocabulary, columns of hidden]"
         )
     check_device(op, "weight", weight, hidden)
+    if rows is not None and rows.dtype == torch.bool:
+        raise ValueError(
+            f"{op}: rows is a mask; expected row numbers, int32 or int64; pass rows.nonzero()[:, 0], and the targets "
+            "of those rows"
+        )
     for name, ids in (("target", target), ("rows", rows)):
         if ids is not None:
             check_vector(
@@ -99,7 +104,7 @@ def make_problem(
     """Arguments of the public function -> those of the op; raises ValueError."""
     _check_tensors(op, hidden, weight, target, rows, bias)
     temperatures, scalar = check_temperature(op, temperature, target.shape[0], hidden)
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{op}: got softcap {softcap}; expected a number over 0, or None")
     if vocab_start < 0 or (vocab_start and tp_group is None):
         raise ValueError(f"{op}: got vocab_start {vocab_start} and tp_group {tp_group}; a shard needs its group")

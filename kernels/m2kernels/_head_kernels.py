@@ -249,11 +249,12 @@ def merge_tiles(stats: TileStats) -> RowStats:
     """:meth:`HeadKernels.merge` with torch ops: everything is anchored at the target's z.
 
     With s the sum of exp(z - z_target) over the others, logp is -log1p(s): nothing cancels. Where
-    some z is over 600 above z_target the anchor is the largest z instead.
+    some z is over 600 above z_target the anchor is the largest z instead, and where z_target is inf
+    (an overflow), which gives NaN.
     """
     target, top = stats.z_target.double(), stats.top.double()
     largest = top.amax(dim=1)
-    near = largest - target <= 600
+    near = (largest - target <= 600) & (target < torch.inf)
     anchor = torch.where(near, target, largest)
     shift = top - anchor[:, None]
     scale = torch.where(stats.total == 0, 0, shift.exp())

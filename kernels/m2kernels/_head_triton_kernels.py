@@ -364,7 +364,7 @@ def head_merge_kernel(
         at = row.to(tl.int64)[:, None] * row_stride + tile[None, :] * tile_stride
         top = tl.maximum(top, tl.load(anchor_ptr + at, mask=inside, other=-inf))
     largest = tl.max(top, 1).to(tl.float64)
-    near = largest - own_z <= FAR
+    near = (largest - own_z <= FAR) & (own_z < inf)
     zero = tl.where(near, own_z, largest)
     others = tl.zeros((BLOCK_ROWS, BLOCK_TILES), tl.float64)
     weighted = tl.zeros((BLOCK_ROWS, BLOCK_TILES), tl.float64)

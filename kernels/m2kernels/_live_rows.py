@@ -20,7 +20,7 @@ class HostCount:
         self._value = value
         if value.is_cuda:
             with torch.cuda.device(value.device):  # or pinning makes a context on another device
-                self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+                self._value = torch.empty((), dtype=value.dtype, device="cpu", pin_memory=True)
                 self._value.copy_(value, non_blocking=True)
                 self._event = torch.cuda.Event()
                 self._event.record()

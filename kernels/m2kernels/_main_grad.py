@@ -11,7 +11,8 @@ _TOLERANCE = 1e-6  # between the factor that was promised and the one that backw
 
 
 class Counted:
-    """A forward that has added to a main_grad and whose backward is to come; lives with its graph."""
+    """A forward that has added to a main_grad; lives with its graph, which outlives its own backward: checkpointing
+    may run the forward again after that, for another layer of the same region."""
 
     __slots__ = ("__weakref__", "main_grad", "target")
 
@@ -33,13 +34,16 @@ def count(main_grad: torch.Tensor, target: torch.Tensor) -> Counted | None:
     """Say that this forward adds to `main_grad`; None when it must not.
 
     Inside a backward, with the same call counted before, activation checkpointing runs that forward
-    again. Whoever keeps the result keeps it until its backward.
+    again: the non-reentrant kind, which is saved-tensor hooks. Reentrant checkpointing runs its first
+    forward without a graph, so that the second is the one that counts. The result lives as long as
+    whoever keeps it: the forward's graph.
     """
     inside: bool = torch._C._current_graph_task_id() != -1
     if inside and any(c.repeats(main_grad, target) for c in _counted):
         return None
     found = Counted(main_grad, target)
-    _counted.add(found)
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        _counted.add(found)
     return found
 
 
@@ -74,7 +78,8 @@ def check_factor(op: str, brought: torch.Tensor, grad_scale: float) -> None:
         if not math.isclose(value, grad_scale, rel_tol=_TOLERANCE):
             raise ValueError(
                 f"{op}: the backward brings a gradient of {value}; expected grad_scale={grad_scale}, "
-                "by which main_grad was scaled in the forward; pass the factor that the loss is multiplied by"
+                "by which main_grad was scaled in the forward and which it now holds; pass the factor that the loss "
+                "is multiplied by, and zero main_grad"
             )
         return
     assert_factor(op, brought, grad_scale)

@@ -14,6 +14,8 @@ import torch
 
 from m2kernels._backend import constant_when_compiled
 
+_NOTHING = torch.empty(0, device="cpu")
+"""For ops that ask the library and take no tensor: a tensor chooses the CPU's, whatever the default device."""
 ISA_NAMES = ("baseline", "avx2", "avx512")
 
 
@@ -42,18 +44,18 @@ def cpu_isa() -> str:
     """
     if CPU_ERROR is not None:
         raise RuntimeError(CPU_ERROR)
-    return ISA_NAMES[int(torch.ops.m2kernels.cpu_isa(torch.empty(0)))]
+    return ISA_NAMES[int(torch.ops.m2kernels.cpu_isa(_NOTHING))]
 
 
 @functools.cache
 def cpu_bf16_dot() -> bool:
     """Whether the CPU kernels multiply bfloat16 by dot products of pairs (AVX-512 BF16)."""
-    return CPU_ERROR is None and bool(torch.ops.m2kernels.cpu_bf16_dot(torch.empty(0)))
+    return CPU_ERROR is None and bool(torch.ops.m2kernels.cpu_bf16_dot(_NOTHING))
 
 
 def cuda_runtime() -> int:
     """CUDART_VERSION of the runtime in ``_ops_cuda.so``: 13000 for 13.0."""
-    return int(torch.ops.m2kernels.cuda_runtime(torch.empty(0)))
+    return int(torch.ops.m2kernels.cuda_runtime(_NOTHING))
 
 
 def _dotted(version: int) -> str:

@@ -30,7 +30,7 @@ def _kl(kind: str, y: torch.Tensor) -> torch.Tensor:
     return torch.expm1(-y) + y
 
 
-def _count_bad_seq(seq: torch.Tensor, live: torch.Tensor, limit: int | None) -> torch.Tensor:
+def count_bad_seq(seq: torch.Tensor, live: torch.Tensor, limit: int | None) -> torch.Tensor:
     """Ids below the one before, and ids of live tokens outside [0, limit)."""
     bad = (seq[1:] < seq[:-1]).sum()
     if limit is not None:
@@ -130,7 +130,7 @@ def policy_loss_torch(
     def sequence_sum(x: torch.Tensor) -> torch.Tensor:
         return zero.index_add(0, run, x)[run]
 
-    bad = _count_bad_seq(seq, live, None if per_token else advantage.shape[0])
+    bad = count_bad_seq(seq, live, None if per_token else advantage.shape[0])
     advantage = clean(advantage) if per_token else look_up(advantage, seq, live)
     logp = clean(logp)
     old = logp.detach() if old_logp is None else clean(old_logp)

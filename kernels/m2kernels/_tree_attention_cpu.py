@@ -147,8 +147,8 @@ class CpuTreeAttention(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         pieces, work = pieces_of(plan), _work_type(q.dtype)
         wide = [x.to(work) for x in (q, k, v)]
-        out = torch.zeros(q.shape, dtype=work)
-        lse = torch.zeros(q.shape[:2], dtype=work)
+        out = torch.zeros(q.shape, dtype=work, device=q.device)
+        lse = torch.zeros(q.shape[:2], dtype=work, device=q.device)
         for first, last in pieces.single:
             o, part = _FORWARD(*(_one(x, first, last) for x in wide), 0.0, True, scale=scale)
             out[first:last], lse[first:last] = o[0].transpose(0, 1), part[0].t()
@@ -172,7 +172,7 @@ class CpuTreeAttention(torch.autograd.Function):
         pieces, scale, work = ctx.pieces, ctx.scale, lse.dtype
         wide = [x.to(work) for x in (q, k, v)]
         d_out, out = d_out.to(work), out.to(work)
-        d = [torch.zeros(x.shape, dtype=work) for x in wide]
+        d = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in wide]
         for first, last in pieces.single:
             rows = [_one(x, first, last) for x in (d_out, *wide, out, lse)]
             for total, part in zip(d, _BACKWARD(*rows, 0.0, True, scale=scale), strict=True):
@@ -231,7 +231,7 @@ def _stacked_lse(lse: torch.Tensor, d_out: torch.Tensor, stack: Stack) -> torch.
     """Log-sum-exp of the stack's rows. Padding gets no gradient (`d_out` is zeroed there) and no probability."""
     rows = _batched(lse[..., None], stack)[..., 0]
     if stack.padded:
-        pad = torch.ones(stack.num * stack.length, dtype=torch.bool)
+        pad = torch.ones(stack.num * stack.length, dtype=torch.bool, device=lse.device)
         pad[stack.place] = False
         pad = pad.view(stack.num, 1, stack.length)
         d_out.masked_fill_(pad[..., None], 0.0)

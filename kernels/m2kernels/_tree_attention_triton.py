@@ -338,8 +338,6 @@ def triton_tree_attention(
             f"tree_attention: the plan is on {plan.tokens.device}, q on {q.device}; move it once for all layers: "
             "plan = plan.to(q.device)"
         )
-    if scale <= 0:  # the running maximum is taken before the scale
-        q, scale = (-q, -scale) if scale else (q * 0, 1.0)
     out, low = TritonTreeAttention.apply(q, k, v, plan, scale, deterministic)
     if not want_lse:
         return out, None

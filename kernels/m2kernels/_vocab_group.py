@@ -81,6 +81,8 @@ class VocabGroup:
         self.widest = self.total = width
         self.group = None if group is None else _resolve(group)
         if self.group is None or self.group.size() == 1:
+            if start:
+                raise ValueError(f"got vocab_start {start} and a tp_group of one rank; expected 0: it holds all ids")
             self.group = None
             return
         shards = find_shards(self.group, start, width, like.device, shared)

@@ -65,8 +65,17 @@ def _group_advantage_torch(
         # In a fixed order, also on a GPU, where index_add of floats has none.
         return torch.segment_reduce(x[order], "sum", lengths=lengths, unsafe=True, initial=0)[dense]
 
+    def all_equal() -> torch.Tensor:
+        extremes = []
+        for kind, outside in (("max", -torch.inf), ("min", torch.inf)):
+            x = torch.where(live, r, outside)[order]
+            extremes.append(torch.segment_reduce(x, kind, lengths=lengths, unsafe=True)[dense])
+        return (extremes[0] == extremes[1]) & extremes[0].isfinite()
+
     n = group_sum(live.double())
     difference = torch.where(live, r - group_sum(r) / n.clamp(min=1), 0)
+    if reward.dtype == torch.float64:  # sums of equal float64 values are rounded
+        difference = torch.where(all_equal(), 0, difference)
     advantage = difference
     if baseline == "loo":
         advantage = advantage * torch.where(n > 1, n / (n - 1).clamp(min=1), 1)

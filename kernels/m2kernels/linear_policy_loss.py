@@ -14,7 +14,7 @@ as well), behind work that is queued already, so a call cannot be captured in a 
 
 With `main_grad` and `grad_scale` dW goes into the trainer's buffer in the forward and no copy of it
 exists. That is once for each forward that will have a backward: the forward that activation
-checkpointing runs again inside the backward of one that was already counted adds nothing.
+checkpointing runs again, before or after the backward of one that was already counted, adds nothing.
 """
 
 from dataclasses import dataclass
@@ -29,8 +29,9 @@ from m2kernels._head_grads import WeightTarget
 from m2kernels._head_policy import LinearPolicyLoss, loss_and_grads
 from m2kernels._main_grad import Counted, check_factor, check_main_grad, count
 from m2kernels._policy_grads import PolicyTerms, graph_reason, spec_from_args, spec_to_args
+from m2kernels._policy_loss_torch import count_bad_seq
 from m2kernels.metrics import FINAL_METRICS, RAW_METRICS, metrics_from_stats
-from m2kernels.policy_loss import LossSpec, _check_inputs, _check_spec, _number, _upstream_factor
+from m2kernels.policy_loss import LossSpec, _check_inputs, _check_spec, _number, _raise_bad_seq, _upstream_factor
 
 _OP = "linear_policy_loss"
 _NUM_ARGS = len(HeadProblem.__slots__)
@@ -92,7 +93,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
         """Finish what the forward began."""
-        sums, ctx.sums, ctx.counted = ctx.sums, None, None
+        sums, ctx.sums = ctx.sums, None
         if sums is None and ctx.has_sums:
             raise RuntimeError(
                 f"{_OP}: a second backward; the first has handed the gradients over, call the op again"
@@ -191,7 +192,13 @@ def _compiled(problem: HeadProblem, terms: PolicyTerms, needs: list[bool]) -> Li
         *problem.args(), terms.old_logp, terms.advantage, terms.seq, terms.rollout_logp, terms.ref_logp,
         *spec_to_args(terms.spec), terms.per_token, terms.denom, terms.divisor, needs,
     )  # fmt: skip
-    return LinearPolicyLoss(loss, logp, entropy, metrics_from_stats(stats))
+    return LinearPolicyLoss(loss.clone(), logp, entropy, metrics_from_stats(stats))  # as in policy_loss
+
+
+def _check_seq(seq: torch.Tensor, num: int | None) -> None:
+    """As :func:`m2kernels.policy_loss` does after its pass: here main_grad has been added to by then."""
+    if seq.device.type == "cpu" and not torch.compiler.is_compiling():
+        _raise_bad_seq(count_bad_seq(seq, torch.ones_like(seq, dtype=torch.bool), num), _OP)
 
 
 def _make_terms(
@@ -204,8 +211,9 @@ def _make_terms(
     given: dict[str, torch.Tensor | None],
 ) -> PolicyTerms:
     """The arguments of the loss, checked for log-probs like `like`; raises ValueError."""
-    _check_inputs(like, advantage, seq, None, per_token, given)
-    _check_spec(spec, {**given, "entropy": like})
+    _check_inputs(like, advantage, seq, None, per_token, given, _OP)
+    _check_spec(spec, {**given, "entropy": like}, _OP)
+    _check_seq(seq, None if per_token else advantage.shape[0])
     old_logp, rollout_logp, ref_logp = (None if x is None else x.detach() for x in given.values())
     return PolicyTerms(
         old_logp=old_logp,
@@ -215,7 +223,7 @@ def _make_terms(
         seq=seq,
         spec=spec,
         per_token=per_token,
-        denom=_number(denom),
+        denom=_number(denom, _OP),
         divisor=denom.detach().reshape(()).float() if isinstance(denom, torch.Tensor) else None,
     )
 

@@ -20,6 +20,8 @@ _OP = "pack_balanced"
 
 def _array(name: str, values: Any, ndim: int) -> "np.ndarray[Any, np.dtype[np.float64]]":
     """`values` as float64 with `ndim` dimensions, all finite and not negative."""
+    if hasattr(values, "detach"):  # numpy refuses a tensor that wants a gradient
+        values = values.detach()
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -51,8 +53,8 @@ def _count(name: str, value: Any) -> int:
     if value is None:
         return 0
     number = int(value)
-    if number != value or number < 1:
-        raise ValueError(f"{_OP}: {name} is {value}; expected an integer of at least 1, or None")
+    if number != value or not 1 <= number < 2**31:
+        raise ValueError(f"{_OP}: {name} is {value}; expected an integer of at least 1 and below 2**31, or None")
     return number
 
 

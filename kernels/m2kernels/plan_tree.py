@@ -253,6 +253,8 @@ def upload(vectors: list[torch.Tensor], device: torch.device) -> list[torch.Tens
 def _array(i: int, tokens: Any) -> NDArray[Any]:
     """A sequence as a contiguous int32 or int64 array; the caller's memory where it is one already."""
     if isinstance(tokens, torch.Tensor):
+        if tokens.is_floating_point():  # numpy has no bfloat16
+            raise ValueError(f"{_OP}: sequence {i} is {tokens.dtype}; expected integers, such as int32 or int64")
         tokens = tokens.detach().cpu().numpy()
     array = np.asarray(tokens)
     if array.ndim != 1:
@@ -266,20 +268,25 @@ def _array(i: int, tokens: Any) -> NDArray[Any]:
     return np.ascontiguousarray(array)
 
 
-def _numbered(keys: Sequence[Hashable] | None, num: int) -> NDArray[np.int64]:
+def _numbered(keys: "Sequence[Hashable] | NDArray[Any] | torch.Tensor | None", num: int) -> NDArray[np.int64]:
     """Keys as numbers: equal keys get equal ones."""
     if keys is None:
         return np.zeros(num, dtype=np.int64)
     if len(keys) != num:
         raise ValueError(f"{_OP}: got {len(keys)} keys for {num} sequences; expected one each, or None")
+    if isinstance(keys, torch.Tensor | np.ndarray):  # a tensor's elements are equal and hash apart
+        keys = keys.tolist()
     known: dict[Hashable, int] = {}
-    return np.array([known.setdefault(key, len(known)) for key in keys], dtype=np.int64)
+    try:
+        return np.array([known.setdefault(key, len(known)) for key in keys], dtype=np.int64)
+    except TypeError as error:
+        raise ValueError(f"{_OP}: {error} in keys; expected hashable values, such as numbers or strings") from error
 
 
 def plan_tree(
     sequences: Sequence[Tokens],
     *,
-    keys: Sequence[Hashable] | None = None,
+    keys: Sequence[Hashable] | NDArray[Any] | torch.Tensor | None = None,
     block: int = 128,
     kv_block: int | None = None,
 ) -> TreePlan:

@@ -211,27 +211,28 @@ def _check_inputs(
     mask: torch.Tensor | None,
     per_token: bool,
     optional: dict[str, torch.Tensor | None],
+    op: str = _OP,
 ) -> None:
     """Raise ValueError for a wrong shape, dtype or device."""
-    check_vector(_OP, "logp", logp)
-    check_dtype(_OP, "logp", logp, (torch.float32, torch.float64))
+    check_vector(op, "logp", logp)
+    check_dtype(op, "logp", logp, (torch.float32, torch.float64))
     num_tokens = logp.shape[0]
     floats = {"advantage": advantage, **{k: v for k, v in optional.items() if v is not None}}
     for name, tensor in floats.items():
         short = name == "advantage" and not per_token
-        check_vector(_OP, name, tensor, None if short else num_tokens)
-        check_dtype(_OP, name, tensor, (logp.dtype,))
-        check_device(_OP, name, tensor, logp)
-    check_vector(_OP, "seq", seq, num_tokens)
-    check_dtype(_OP, "seq", seq, INTEGERS)
-    check_device(_OP, "seq", seq, logp)
+        check_vector(op, name, tensor, None if short else num_tokens)
+        check_dtype(op, name, tensor, (logp.dtype,))
+        check_device(op, name, tensor, logp)
+    check_vector(op, "seq", seq, num_tokens)
+    check_dtype(op, "seq", seq, INTEGERS)
+    check_device(op, "seq", seq, logp)
     if mask is not None:
-        check_vector(_OP, "mask", mask, num_tokens)
-        check_dtype(_OP, "mask", mask, (torch.bool,))
-        check_device(_OP, "mask", mask, logp)
+        check_vector(op, "mask", mask, num_tokens)
+        check_dtype(op, "mask", mask, (torch.bool,))
+        check_device(op, "mask", mask, logp)
 
 
-def _check_spec(spec: LossSpec, optional: dict[str, torch.Tensor | None]) -> None:
+def _check_spec(spec: LossSpec, optional: dict[str, torch.Tensor | None], op: str = _OP) -> None:
     """Raise ValueError when the spec needs a tensor that is not there."""
     for name, needed, setting in (
         ("entropy", spec.entropy_coef != 0, f"entropy_coef={spec.entropy_coef}"),
@@ -239,17 +240,17 @@ def _check_spec(spec: LossSpec, optional: dict[str, torch.Tensor | None]) -> Non
         ("rollout_logp", spec.tis_cap is not None, f"tis_cap={spec.tis_cap}"),
     ):
         if needed and optional[name] is None:
-            raise ValueError(f"{_OP}: the spec has {setting} but {name} is None; pass {name}")
+            raise ValueError(f"{op}: the spec has {setting} but {name} is None; pass {name}")
 
 
-def _number(denom: float | torch.Tensor) -> float:
+def _number(denom: float | torch.Tensor, op: str = _OP) -> float:
     """A denominator that is a number, checked; a tensor divides later, so that nothing syncs."""
     if isinstance(denom, torch.Tensor):
         if denom.numel() != 1:
-            raise ValueError(f"{_OP}: denom has shape {list(denom.shape)}; expected one number")
+            raise ValueError(f"{op}: denom has shape {list(denom.shape)}; expected one number")
         return 1.0
-    if not (denom > 0 and math.isfinite(denom)):
-        raise ValueError(f"{_OP}: got denom {denom}; expected a number over 0, such as groups * G * l_max")
+    if not 0 < denom < math.inf:  # not math.isfinite: torch.compile makes guards of comparisons
+        raise ValueError(f"{op}: got denom {denom}; expected a number over 0, such as groups * G * l_max")
     return float(denom)
 
 
@@ -371,12 +372,13 @@ def _policy_loss_op(
         per_token,
         denom,
     )
-    return loss, metrics_from_stats(stats)
+    # The op's backward reads its own loss; the caller's may be changed in place (`loss /= n`).
+    return loss.clone(), metrics_from_stats(stats)
 
 
-def _raise_bad_seq(num_bad: torch.Tensor) -> None:
+def _raise_bad_seq(num_bad: torch.Tensor, op: str = _OP) -> None:
     if num_bad.item() > 0:
         raise ValueError(
-            f"{_OP}: seq has {int(num_bad)} ids that are out of order, or that have no advantage; "
+            f"{op}: seq has {int(num_bad)} ids that are out of order, or that have no advantage; "
             "expected ascending ids below the number of advantages; sort the tokens by sequence"
         )

@@ -26,7 +26,7 @@ def group_advantage_ref(
     """Oracle of :func:`m2kernels.group_advantage`: reward [B] of any float dtype -> float64 [B]."""
     rows = len(reward)
     live = [valid is None or bool(valid[i]) for i in range(rows)]
-    out = torch.zeros(rows, dtype=torch.float64)
+    out = torch.zeros(rows, dtype=torch.float64, device="cpu")
     for i in range(rows):
         if not live[i]:
             continue
@@ -80,7 +80,7 @@ def policy_loss_ref(
                 tis_log = tis_log.sum().expand(len(tokens))
             weight = tis_log.exp().clamp(max=spec.tis_cap).detach()
         else:
-            weight = torch.ones(len(tokens), dtype=torch.float64)
+            weight = torch.ones(len(tokens), dtype=torch.float64, device="cpu")
         terms = []
         for k, i in enumerate(tokens):
             a = advantage[i] if per_token else advantage[s]

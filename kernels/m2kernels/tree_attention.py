@@ -140,6 +140,8 @@ def tree_attention(
         _warn_of_reference(str(unsupported_reason("triton", q, plan)))
     if not plan.num_rows or not q.numel():
         chosen = "torch"
+    if number <= 0:  # the kernels mask, or take a running maximum, before they scale
+        q, number = (-q, -number) if number else (q * 0, 1.0)
     lse: torch.Tensor | None
     if chosen == "cpu":
         out, lse = CpuTreeAttention.apply(q, k, v, plan, number)
@@ -204,7 +206,7 @@ def _chains(plan: TreePlan) -> list[tuple[int, int, torch.Tensor]]:
         head = s
         while s + 1 < len(seg.start) and seg.parent[s + 1] == s:
             s += 1
-        runs = [torch.arange(int(seg.start[p]), int(seg.end[p])) for p in seg.path(s)]
+        runs = [torch.arange(int(seg.start[p]), int(seg.end[p]), device="cpu") for p in seg.path(s)]
         found.append((int(seg.start[head]), int(seg.end[s]), torch.cat(runs)))
         s += 1
     return found
