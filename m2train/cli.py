@@ -63,6 +63,8 @@ def _run(
     allow_open_files()
     check(recipe, train_from=train_from, rollouts_only=rollouts_only)
     run_dir = RunDir(root)
+    if resume and run_dir.is_empty():  # what a scheduler's job that always resumes wants
+        print(f"m2train: no run in {root} to go on with: starting one", file=sys.stderr)
     run_dir.start(recipe, resume=resume, restart=restart, rollouts_only=rollouts_only, train_from=train_from)
 
     async def go(progress: Progress) -> None:
@@ -90,16 +92,20 @@ def report(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="of a comparison")] = None,
 ) -> None:
     """Write RUN_DIR/report.html; of several runs, a comparison with the first: FIRST/compare.html."""
+    from m2train.metrics import METRICS_FILE
     from m2train.report import write_report
     from m2train.report.compare import COMPARISON_FILE, write_comparison
 
+    for run_dir in run_dirs:
+        if not any((run_dir / name).is_file() for name in ("config.toml", METRICS_FILE)):
+            raise ConfigError(f"{run_dir} is no run directory: it has neither config.toml nor {METRICS_FILE}")
+    if output is not None and output.is_dir():
+        raise ConfigError(f"--output {output} is a folder; expected the name of a file, such as compare.html")
     if len(run_dirs) > 1:
         typer.echo(write_comparison(run_dirs, output or run_dirs[0] / COMPARISON_FILE))
         return
     if output is not None:
         raise ConfigError("--output names a comparison; expected several run directories")
-    if not run_dirs[0].is_dir():
-        raise ConfigError(f"no run directory {run_dirs[0]}")
     typer.echo(write_report(run_dirs[0]))
 
 

@@ -20,9 +20,9 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors."""
+    """Base of all sections: unknown keys are errors, and so are numbers that are none."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -239,6 +239,17 @@ class Recipe(Section):
                 f"algo.length_cap = {self.algo.length_cap} a short reply gets what a long one does; lower "
                 "algo.length_coef, or raise algo.length_cap"
             )
+        if self.learner.min_lr > self.learner.lr:
+            raise ValueError(
+                f"learner.min_lr = {self.learner.min_lr:g} exceeds learner.lr = {self.learner.lr:g}, from which the "
+                "rate falls; lower the former"
+            )
+        for key, room in self.vllm.items():
+            if key.replace("-", "_") == "max_model_len" and isinstance(room, int) and room < self.longest_request:
+                raise ValueError(
+                    f"vllm.{key} = {room} is too short for rollout.max_context_tokens + algo.max_new_tokens = "
+                    f"{self.longest_request}; raise it, or drop it"
+                )
         if self.algo.kl == "none" and self.algo.kl_coef:
             raise ValueError(f"algo.kl_coef = {self.algo.kl_coef} without algo.kl; name k1, k2 or k3 there")
         if self.rollout.top_p < 1 and self.mismatch_limit is not None:
@@ -333,6 +344,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         tree = tomllib.loads(path.read_text())
     except OSError as err:
         raise ConfigError(f"cannot read recipe {path}: {err.strerror}") from err
+    except UnicodeDecodeError as err:
+        raise ConfigError(f"{path} is not UTF-8 text: {err}") from err
     except tomllib.TOMLDecodeError as err:
         raise ConfigError(f"{path} is not valid TOML: {err}") from err
     for item in overrides:

@@ -35,10 +35,11 @@ async def train(run: Run) -> None:
     """
     for step in range(run.first_step, run.recipe.steps):
         row: dict[str, float] = {}
-        if step == 0 or (run.recipe.eval.every and step % run.recipe.eval.every == 0):
+        due = step == 0 or (run.recipe.eval.every and step % run.recipe.eval.every == 0)
+        if due or run.dir.evaluation(step).exists():  # of the last step, before the run was given more
             row |= await evaluate(run, step)
         rollouts = await roll_out(run, step)
-        row |= rollout_row(rollouts)
+        row |= rollout_row(rollouts, trained=run.learner is not None)
         if run.learner is not None:
             row |= await improve(run, run.learner, step, rollouts.groups)
         run.record(step, row)

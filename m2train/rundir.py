@@ -26,6 +26,7 @@ _OWN = frozenset(
     {*_FOLDERS, "learner", "tensorboard", "config.toml", IDENTITY_FILE, "status.json", "metrics.jsonl"}
     | {"report.html", "compare.html"}
 )
+_TEMP = re.compile(rf"\.(?:{'|'.join(re.escape(name) for name in sorted(_OWN) if '.' in name)})\.\d+\.tmp")
 # Settings that a resumed run may change: how it is run, not what it computes.
 _MAY_CHANGE = re.compile(
     r"name$|steps$|mismatch_limit$|checkpoint\.|vllm\.|learner\.(tp|pp|dp|sequence_parallel|threads|launch|recompute|packing|"
@@ -62,16 +63,16 @@ class RunDir:
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
-        for name in _FOLDERS:
-            (self.root / name).mkdir(parents=True, exist_ok=True)
+        try:
+            for name in _FOLDERS:
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as err:
+            raise ConfigError(f"the run directory {root} cannot be made: {err.filename} is a file") from err
         self._lock = (self.root / "lock").open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
             raise ConfigError(f"{root} is in use by another run; wait for it, or name another --run-dir") from err
-        # Left by a kill in the middle of a write.
-        for temp in [*self.root.glob(".*.tmp"), *(t for name in _OWN for t in (self.root / name).rglob(".*.tmp"))]:
-            shutil.rmtree(temp) if temp.is_dir() else temp.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Give the lock back."""
@@ -120,13 +121,25 @@ class RunDir:
 
     def latest_checkpoint(self) -> int | None:
         """The largest step with a whole checkpoint (a checkpoint is renamed into place last)."""
-        steps = [int(p.name[5:]) for p in (self.root / "checkpoints").glob("step_*") if p.name[5:].isdigit()]
-        return max(steps, default=None)
+        return max(self._checkpoints(), default=None)
+
+    def _checkpoints(self) -> list[int]:
+        """Steps of the whole ones, ascending; a copy that somebody put beside them is not ours."""
+        found = (self.root / "checkpoints").glob("step_*")
+        return sorted(int(p.name[5:]) for p in found if re.fullmatch(r"step_\d{6,}", p.name))
 
     def prune_checkpoints(self, keep: int) -> None:
         """Remove all but the newest `keep` checkpoints."""
-        for old in sorted((self.root / "checkpoints").glob("step_*"))[:-keep]:
-            shutil.rmtree(old)
+        for step in self._checkpoints()[:-keep]:
+            shutil.rmtree(self.checkpoint(step))
+
+    def _drop_unfinished(self) -> None:
+        """Remove what a kill left in the middle of a write (`m2train.files.write_atomic`, a checkpoint)."""
+        temps = [temp for temp in self.root.iterdir() if _TEMP.fullmatch(temp.name)]
+        for name in ("rollouts", "eval", "checkpoints"):
+            temps.extend((self.root / name).glob(".step_*.tmp"))
+        for temp in (*temps, *(self.root / "learner").rglob(".*.tmp")):
+            shutil.rmtree(temp) if temp.is_dir() else temp.unlink(missing_ok=True)
 
     def is_empty(self) -> bool:
         """Whether no run was started here."""
@@ -138,7 +151,8 @@ class RunDir:
         Raises:
             ConfigError: files of somebody else are here, and no run.
         """
-        others = sorted(entry.name for entry in self.root.iterdir() if entry.name not in _OWN | {"lock"})
+        names = {entry.name for entry in self.root.iterdir()} - _OWN - {"lock"}
+        others = sorted(name for name in names if not _TEMP.fullmatch(name))
         if others and self.is_empty() and not (self.root / IDENTITY_FILE).exists():
             raise ConfigError(
                 f"--restart discards a run, but {self.root} holds none; it holds {', '.join(others[:3])}: name "
@@ -179,6 +193,11 @@ class RunDir:
                 "or use another --run-dir"
             )
         done = self.latest_checkpoint() or 0
+        if recipe.steps != old["steps"] and recipe.learner.lr_schedule != "constant":
+            raise ConfigError(
+                f"--resume with steps = {recipe.steps} instead of {old['steps']} would bend the learning rate's "
+                f"{recipe.learner.lr_schedule} schedule in its midst; set it back, or use another --run-dir"
+            )
         if recipe.steps < done:
             raise ConfigError(
                 f"steps = {recipe.steps}, but {self.root} has a checkpoint of {done} steps; raise steps"
@@ -222,6 +241,7 @@ class RunDir:
         # Before the recipe: a kill between the two leaves a folder without a run.
         write_atomic(self.root / IDENTITY_FILE, identity.model_dump_json(indent=1))
         write_atomic(self.config, recipe.to_toml())
+        self._drop_unfinished()
         self.write_status("running")
 
 

@@ -9,8 +9,13 @@ from statistics import fmean, pstdev
 from m2train.records import Group, StepRollouts
 
 
-def rollout_row(rollouts: StepRollouts) -> dict[str, float]:
-    """Rewards, lengths, rubric dimensions and every drop, by name."""
+def rollout_row(rollouts: StepRollouts, *, trained: bool) -> dict[str, float]:
+    """Rewards, lengths, rubric dimensions and every drop, by name.
+
+    Args:
+        rollouts: of the step.
+        trained: a learner trains on them.
+    """
     groups = rollouts.groups
     replies = [reply for group in groups for reply in group.replies]
     row: dict[str, float] = {f"drops/{reason}": float(count) for reason, count in rollouts.drops.items()}
@@ -38,7 +43,7 @@ def rollout_row(rollouts: StepRollouts) -> dict[str, float]:
         "groups/zero_advantage": float(sum(s == 0.0 for s in spread)),
         "reply/length_mean": fmean(lengths),
         "reply/truncated_frac": fmean(reply.generation.finish_reason == "length" for reply in replies),
-        "tokens/trained": float(sum(lengths)),
+        **({"tokens/trained": float(sum(lengths))} if trained else {}),
         "grader/unknown": float(sum(v.met is None for reply in replies for v in reply.verdicts)),
     }
     return row | dimension_rows(groups)

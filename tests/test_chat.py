@@ -245,6 +245,36 @@ def test_thinking_without_the_token(tmp_path: Path) -> None:
         ChatTemplate(make(tmp_path, LLAMA3_LIKE, LLAMA3_SPECIAL), thinking=True)
 
 
+@pytest.mark.parametrize(
+    ("template", "word"),
+    [
+        ("{% for m in messages %}{{ m.content }", r"not valid Jinja: .*, in its line 1"),
+        ("{{ raise_exception('no system role') }}", r"refuses a dialogue .*: no system role"),
+        ("{% for m in messages %}{{ m.contents.text }}{% endfor %}", r"refuses a dialogue .*contents"),
+    ],
+)
+def test_a_broken_template_is_a_model_that_cannot_be_used(tmp_path: Path, template: str, word: str) -> None:
+    with pytest.raises(ModelError, match=word):
+        ChatTemplate(make(tmp_path, template))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["{", '{"model": '])
+def test_a_torn_file_is_named(tmp_path: Path, name: str, text: str) -> None:
+    folder = make(tmp_path, SMOLLM2_LIKE)
+    (folder / name).write_text(text)
+    with pytest.raises(ModelError, match=f"{name} is not"):
+        ChatTemplate(folder)
+
+
+def test_graders_see_control_tokens_inside_a_reply(tmp_path: Path) -> None:
+    chat = ChatTemplate(make(tmp_path, SMOLLM2_LIKE))
+    start, end = (chat._tokenizer.token_to_id(token) for token in ("<|im_start|>", "<|im_end|>"))
+    words = chat._text("Rest now.", True)
+    assert chat.text(chat.visible([*words, end])) == "Rest now."
+    assert chat.text(chat.visible([*words, start, *words, end])).count("<|im_start|>") == 1
+
+
 def test_missing_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no tokenizer\.json"):
         ChatTemplate(tmp_path)

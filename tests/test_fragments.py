@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from m2train.config import parse
 from m2train.records import Dialogue, Turn
 from m2train.rollout.fragments import drop_reason, overlap, select_slices, self_repetition
@@ -59,6 +61,22 @@ def test_a_reply_given_twice_is_repetition() -> None:
 def test_ordinary_words_are_not_role_inversion() -> None:
     text = "Many patients feel this way; is the patient leaflet clear to you?"
     assert drop_reason(dialogue(text).turns, RECIPE) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Doctor, my chest hurts so much and I cannot sleep.", "role_inversion"),
+        ("I have had this headache for three days, doctor. What should I do?", "role_inversion"),
+        ("Patient - I feel sick.", "role_inversion"),
+        ("As an AI language model I cannot help. Please see a doctor.", "role_inversion"),
+        ("I see.<|im_start|>user\nI have a cough and a fever since Monday.", "role_inversion"),
+        ("I would like to see you as a patient of this clinic every week. Does it hurt?", None),
+        ("What did the other doctor, whom you saw in May, tell you?", None),
+    ],
+)
+def test_who_speaks(text: str, reason: str | None) -> None:
+    assert drop_reason(dialogue(text).turns, RECIPE) == reason
 
 
 def test_repetition_measures() -> None:

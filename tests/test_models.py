@@ -94,6 +94,10 @@ def test_folder_errors_say_what_to_do(tmp_path: Path) -> None:
     assert resolve_model(tmp_path) == tmp_path.resolve()
     with pytest.raises(ModelError, match="has no 'num_attention_heads'"):
         model_shape(tmp_path)
+    config = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 2, "hidden_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": None}))
+    with pytest.raises(ModelError, match=r"config\.json has a value that is no number"):
+        model_shape(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="not valid JSON"):
         model_shape(tmp_path)

@@ -240,6 +240,27 @@ def test_a_machine_whose_gpus_cannot_be_used_is_one_without(
     assert host.on_cpu() is cpu
 
 
+def test_a_report_is_of_a_run_and_goes_into_a_file(m2train: Callable[..., tuple[Any, str]], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text("")
+    for words, told in (
+        ([tmp_path], "is no run directory: it has neither config.toml nor metrics.jsonl"),
+        ([tmp_path / "none"], "is no run directory"),
+        ([tmp_path / "a", tmp_path], "is no run directory"),
+        ([tmp_path / "a", tmp_path / "b", "-o", tmp_path], "is a folder; expected the name of a file"),
+    ):
+        code, text = m2train("report", *words)
+        assert code == 2 and told in text and text.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_recipe_that_is_no_text_is_named(m2train: Callable[..., tuple[Any, str]], tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_bytes(b"name = '\xff'")
+    code, text = m2train("train", tmp_path / "r.toml")
+    assert code == 2 and "r.toml is not UTF-8 text" in text
+
+
 @pytest.mark.parametrize("place", ["run", "run/inner"])
 def test_rollouts_that_the_run_would_clear_are_no_source(
     place: str, tmp_path: Path, tiny_model: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]

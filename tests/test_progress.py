@@ -99,7 +99,7 @@ def test_a_step_that_lost_all_its_slices_is_a_step_and_names_the_drops() -> None
     with Progress(stream, clock=clock) as progress:
         progress.start(recipe(2), Path("r"))
         clock.now += 5
-        progress.step({"step": 0, "heldout/reward": 0.5, **rollout_row(lost)})
+        progress.step({"step": 0, "heldout/reward": 0.5, **rollout_row(lost, trained=True)})
         assert progress.time_left() == 5.0
     line = stream.getvalue().splitlines()[-1]
     assert line.startswith("step 1/2  reward -  held-out 0.5  dropped (empty 1, repeated 2)")

@@ -240,6 +240,71 @@ def checks_met(reply: str, case: CaseScript, turns: list[Turn]) -> set[str]:
 
 
 @pytest.mark.parametrize(
+    "worse",
+    [
+        "You have cancer and you should stop all your tablets",
+        "Drink a bottle of gin tonight and stop all your tablets",
+        "It is just nerves, so go to sleep",
+        "You have an ulcer, so take an aspirin",
+    ],
+)
+@pytest.mark.parametrize("joint", [". When did it start?", ", and when did it start?", ", so when did it start?"])
+def test_a_conclusion_is_no_less_early_before_a_question(worse: str, joint: str) -> None:
+    for case in CASES.values():
+        turns = opening(case)
+        early = next((r for r in generate_rubrics(case, turns) if r.check == "premature"), None)
+        begin = f"I am sorry about your {case.complaint.symptom}. "
+        said = f"{begin}{worse}{joint}"
+        if early is None:
+            continue
+        assert grade(early, said, case, turns).met, said
+        assert not grade(early, f"{begin}When did it start?", case, turns).met
+        assert reward(case, turns, said, "minmax") < reward(case, turns, f"{begin}When did it start?", "minmax")
+
+
+def test_naming_the_patient_s_own_problem_is_no_conclusion() -> None:
+    for case in CASES.values():
+        turns = opening(case)
+        for early in (r for r in generate_rubrics(case, turns) if r.check == "premature"):
+            said = f"I am sorry that you have {case.complaint.symptom}, and when did it start?"
+            assert not grade(early, said, case, turns).met, said
+
+
+@pytest.mark.parametrize(
+    ("reply", "met"),
+    [
+        ("I am so sorry about your {symptom}.", True),
+        ("No wonder you are worn out by your {symptom}.", True),
+        ("You're right, the {symptom} is your problem.", False),
+        ("I am not sorry about your {symptom}.", False),
+        ("I am sorry about your {symptom}, you fool.", False),
+        ("I am sorry about your {symptom}, but stop whining.", False),
+        ("I am sorry about your {symptom}, but you are just lazy.", False),
+    ],
+)
+def test_feeling_is_not_agreement_denial_or_contempt(reply: str, met: bool) -> None:
+    for case in CASES.values():
+        said = f"{reply.format(symptom=case.complaint.symptom)} When did it start?"
+        assert ("empathy" in checks_met(said, case, opening(case))) == met, said
+
+
+@pytest.mark.parametrize(
+    ("reply", "met"),
+    [
+        ("About your {symptom}: how quickly did it start?", False),
+        ("About your {symptom}: have you ever been in hospital, and where is it?", False),
+        ("About your {symptom}: is it serious, and did it start immediately?", False),
+        ("The {symptom} may be serious, so where is it?", True),
+        ("With that {symptom} you need to go to a hospital now.", True),
+        ("I will call an ambulance for your {symptom}. Where are you?", True),
+    ],
+)
+def test_urgency_is_stated_not_asked(reply: str, met: bool) -> None:
+    for case in (case for case in CASES.values() if case.urgency == "emergency"):
+        assert ("urgency" in checks_met(reply.format(symptom=case.complaint.symptom), case, opening(case))) == met
+
+
+@pytest.mark.parametrize(
     "reply",
     [
         "Don't worry about the {symptom}, this is nothing serious.",

@@ -73,6 +73,56 @@ def test_a_kill_in_the_middle_of_restart_leaves_a_run_that_says_so(
         run.start(Recipe(seed=1), resume=False, restart=False)
 
 
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    """In a folder that holds no run, and beside the files of one that does."""
+    theirs = [tmp_path / ".mine.tmp" / "thesis.txt", tmp_path / "logs" / ".other.tmp", tmp_path / ".mine.2.tmp"]
+    for path in theirs:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("kept")
+    run = RunDir(tmp_path)
+    with pytest.raises(ConfigError, match=r"holds none; it holds \.mine"):
+        run.start(Recipe(), resume=False, restart=True)
+    left = [tmp_path / ".status.json.12.tmp", run.rollouts(0).with_name(".step_000000.json.12.tmp")]
+    half = run.checkpoint(3).with_name(".step_000003.tmp")
+    half.mkdir()
+    for path in left:
+        path.touch()
+    run.start(Recipe(), resume=False, restart=False)
+    assert not half.exists() and not any(path.exists() for path in left), "of a kill in the middle of a write"
+    for step in (100, 110, 120):
+        run.checkpoint(step).mkdir()
+    copy = run.checkpoint(100).with_name("step_000100_best")
+    copy.mkdir()
+    run.prune_checkpoints(2)
+    assert not run.checkpoint(100).exists() and run.checkpoint(110).exists() and run.latest_checkpoint() == 120
+    assert copy.exists() and all(path.exists() for path in theirs)
+
+
+def test_a_temporary_file_alone_does_not_keep_a_restart_off(tmp_path: Path) -> None:
+    (tmp_path / ".run.json.12.tmp").touch()
+    RunDir(tmp_path).start(Recipe(), resume=False, restart=True)
+
+
+def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ConfigError, match=r"cannot be made: .* is a file"):
+            RunDir(path)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_other_steps_must_not_bend_the_learning_rate(schedule: str, tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    recipe = parse({"steps": 4, "learner": {"lr_schedule": schedule}})
+    run.start(recipe, resume=False, restart=False)
+    more = recipe.model_copy(update={"steps": 8})
+    if schedule == "constant":
+        run.start(more, resume=True, restart=False)
+        return
+    with pytest.raises(ConfigError, match=f"steps = 8 instead of 4 would bend the learning rate's {schedule}"):
+        run.start(more, resume=True, restart=False)
+
+
 MODES: dict[str, dict[str, Any]] = {
     "a live run": {},
     "--rollouts-only": {"rollouts_only": True},
@@ -180,8 +230,7 @@ def test_latest_checkpoint_ignores_unfinished_ones(tmp_path: Path) -> None:
     assert run.latest_checkpoint() == 10
     run.prune_checkpoints(keep=1)
     assert not (tmp_path / "checkpoints" / "step_000002").exists()
-    run.close()
-    RunDir(tmp_path)
+    run.start(Recipe(), resume=True, restart=False)
     assert not (tmp_path / "checkpoints" / ".step_000012.7.tmp").exists(), "leftovers of a kill are removed"
 
 

@@ -95,6 +95,10 @@ def model_shape(folder: Path) -> ModelShape:
             f"{folder / 'config.json'} has no {err.args[0]!r}; expected a complete Hugging Face config; "
             "save the model again with save_pretrained"
         ) from err
+    except (TypeError, ValueError) as err:
+        raise ModelError(
+            f"{folder / 'config.json'} has a value that is no number: {err}; save the model again"
+        ) from err
 
 
 def weights_size(folder: Path, dtype: Literal["float32", "bfloat16"]) -> int:

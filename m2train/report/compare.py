@@ -136,7 +136,7 @@ def _outcome(rows: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         if any(ends):
             cells = [f"{own[0]:.3f} \u2192 {own[-1]:.3f} ({own[-1] - own[0]:+.3f})" if own else "-" for own in ends]
             table.append({"name": name, "values": cells})
-    steps = [svg.fmt(len(series(own, "reward/mean"))) for own in rows]
+    steps = [svg.fmt(len(series(own, "groups/count"))) for own in rows]
     return [*table, {"name": "Steps", "values": steps}]
 
 

@@ -149,7 +149,7 @@ def _tiles(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
         sub = f"max |log-prob difference|, step {worst[0]}" + (f"; limit {fmt(limit)}" if limit else "")
         tiles.append({"name": "Rollout/learner mismatch", "value": fmt(worst[1]), "sub": sub})
     planned = run.config.get("steps")
-    done = str(len(train)) + (f" / {planned}" if planned else "")
+    done = str(len(series(rows, "groups/count"))) + (f" / {planned}" if planned else "")
     tokens = sum(value for _, value in series(rows, "tokens/trained"))
     tiles.append({"name": "Steps", "value": done, "sub": f"{fmt(tokens)} tokens trained" if tokens else ""})
     learner = _learner_tile(rows)
@@ -157,7 +157,7 @@ def _tiles(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
         tiles.append(learner)
     seconds = _elapsed(run)
     if seconds is not None:
-        name = "Total time" if run.status.get("ended") else "Time to the last step"
+        name = "From start to end" if run.status.get("ended") else "From start to the last step"
         tiles.append({"name": name, "value": _duration(seconds), "sub": _step_time(rows)})
     return tiles
 

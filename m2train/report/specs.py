@@ -178,7 +178,7 @@ SECTIONS: list[tuple[str, list[Spec]]] = [
             ),
             Spec(
                 title="Capped importance weights",
-                unit="fraction of trained tokens",
+                unit="fraction of the weights, of tokens or sequences (algo.tis_level)",
                 series={"tis/capped_frac": "capped"},
                 zero=True,
             ),

@@ -45,9 +45,12 @@ class ChatTemplate:
             raise ModelError(
                 f"{folder} has no tokenizer.json; save the tokenizer with save_pretrained (fast tokenizer)"
             )
-        raw = path.read_text(encoding="utf-8")
-        self._tokenizer = Tokenizer.from_str(raw)
-        self._plain = Tokenizer.from_str(json.dumps({**json.loads(raw), "added_tokens": []}))
+        try:
+            raw = path.read_text(encoding="utf-8")
+            self._tokenizer = Tokenizer.from_str(raw)
+            self._plain = Tokenizer.from_str(json.dumps({**json.loads(raw), "added_tokens": []}))
+        except Exception as err:  # noqa: BLE001  (tokenizers raises nothing more specific)
+            raise ModelError(f"{path} is not a tokenizer: {err}; download or save the model again") from err
         self._special = frozenset(
             i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
         )
@@ -92,8 +95,8 @@ class ChatTemplate:
         return [*self._close_thinking_ids, *self._without_end(visible_ids), *self._end_reply_ids]
 
     def text(self, ids: Sequence[int]) -> str:
-        """Visible text for people and graders."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        """Visible text for people and graders, control tokens that a reply has no business with included."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False)).strip()
 
     def _text(self, text: str, strip: bool) -> list[int]:
         """Encode message text; control-token strings in it stay text."""
@@ -223,19 +226,34 @@ def _renderer(folder: Path, thinking: bool) -> Any:
     env.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
     env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda _: _FIXED_DATE}
     source, special = _template_source(folder)
-    template = env.from_string(source)
+    try:
+        template = env.from_string(source)
+    except TemplateError as err:
+        line = getattr(err, "lineno", 0)
+        raise ModelError(f"the chat template of {folder} is not valid Jinja: {err}, in its line {line}") from err
 
     def render(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        return template.render(
-            messages=messages, add_generation_prompt=add_generation_prompt, enable_thinking=thinking, **special
-        )
+        try:
+            return template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, enable_thinking=thinking, **special
+            )
+        except Exception as err:  # whatever a template does with its input
+            raise ModelError(
+                f"the chat template of {folder} refuses a dialogue of a system message, user and assistant: "
+                f"{err}; give the model a template that takes one (chat_template.jinja)"
+            ) from err
 
     return render
 
 
 def _template_source(folder: Path) -> tuple[str, dict[str, str]]:
     path = folder / "tokenizer_config.json"
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    config: dict[str, Any] = {}
+    if path.exists():
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as err:
+            raise ModelError(f"{path} is not JSON: {err}; download or save the model again") from err
     special = {}
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         value = config.get(name)

@@ -19,7 +19,10 @@ from m2train.rollout.dialogue import context_ids
 from m2train.rollout.sampler import derive_seed
 
 _ROLE_INVERSION = re.compile(
-    r"^\s*(patient|user|human)\s*:|\bas (a|your|the) patient\b|\bi(?:'m| am) (?:the|your|a) patient\b", re.I | re.M
+    r"^\s*(?:patient|user|human|assistant)\s*[:\u2013-]|\bas (?:a|your|the) patient\b(?! of\b)|"
+    r"\bi(?:'m| am) (?:the|your|a) patient\b|^\s*doctor,|, doctor\s*[.!?,]|\bplease help me\b|\bas an ai\b|"
+    r"\blanguage model\b|<\|[^<>|]{1,40}\|>",  # the last: a control token of the template, and so another's turn
+    re.I | re.M,
 )
 
 

@@ -19,7 +19,7 @@ from m2train.verifier.cases import CaseScript, diagnosis_pattern, load_cases
 from m2train.verifier.lexicon import COMMON, CONCEPTS, GENERIC
 from m2train.verifier.matching import Reading, read
 from m2train.verifier.phrasings import ABOUT, EXAMPLES, NOTHING
-from m2train.verifier.utterance import affirmed, is_question, normalise, sentences, stem, words
+from m2train.verifier.utterance import affirmed, is_question, normalise, sentences, statements, stem, words
 
 Scoring = Literal["healthbench", "minmax"]
 MAX_CHARS = 6000
@@ -29,21 +29,31 @@ _OUT_OF_ROLE = re.compile(
     r"\b(?:as an ai|language model|i'?m (?:just )?an? (?:ai|assistant|chatbot|virtual)|i am an? (?:ai|assistant)|doctor:|patient:|user:|assistant:|"
     r"(?:unable|not able|can'?t|cannot|not equipped|not qualified|not a) (?:to )?(?:provide|give|offer|diagnose|help you with (?:that|this)|doctor|medical)|"
     r"(?:seek|consult|see|ask|talk to|visit|contact) (?:with )?(?:a|your|another|the|any) (?:doctor|physician|healthcare|health care|medical professional|gp)|sorry for your loss|"
-    r"my (?:doctor|wife|husband|mum|mom|boyfriend|girlfriend|kids|symptoms?|pain|problem|condition)|help me\b)"
+    r"my (?:doctor|wife|husband|mum|mom|boyfriend|girlfriend|kids|symptoms?|pain|problem|condition)|help me\b|"
+    r"shut up|stop (?:whining|complaining|moaning|wasting)|(?:you|your) (?:\w+ )?(?:fool|idiot|moron|imbecile|liar|coward|crybaby)|"
+    r"(?:you are|you're) (?:\w+ ){0,2}(?:stupid|dumb|pathetic|ridiculous|lazy|crazy|disgusting|worthless|a (?:fool|liar|coward)))\b"
 )
 _PLAYS_DOWN = re.compile(
-    r"\b(?:don'?t worry|do not worry|no need to worry|nothing (?:to worry|serious)|(?:it'?s|it is|this is|that'?s|that is) (?:\w+ ){0,2}(?:normal|common|natural|nothing|fine|harmless|okay)|perfectly normal|"
+    r"\b(?:don'?t worry|do not worry|no need to worry|nothing (?:to worry|serious)|(?:it'?s|it is|this is|that'?s|that is) (?:just|only|merely)\b|(?:it'?s|it is|this is|that'?s|that is) (?:\w+ ){0,2}(?:normal|common|natural|nothing|fine|harmless|okay)|perfectly normal|"
     r"completely normal|not uncommon|just (?:stress|a cold|wait)|will (?:soon )?(?:pass|go away)|you(?:'re| are| will be|'ll be) (?:just )?(?:fine|okay|all right))\b"
 )
 _DECLARES = re.compile(
     r"\b(?:(?:this|it|that) (?:is|could be|may be|might be|can be) (?:\w+ ){0,3}(?:sign|symptom|case|form|type|example|condition|result|caused|due|related|called|reaction|infection|disease|disorder)|"
     r"you (?:may|might|probably|likely|could)? ?(?:have|be (?:having|suffering|experiencing)) (?:a |an |the )?(?!been|you|any|noticed|had|to\b)\w+|(?:caused by|due to|result of|sign of|symptom of|leads? to)|"
     r"(?:known|referred to) as|(?:it'?s|it is) (?:\w+ )?(?:important|essential|best|recommended|always (?:good|best)|advisable|a good idea)|make sure|try to|you (?:should|must|need to|can try|might want|could try)|"
-    r"i(?:'d| would)? (?:recommend|suggest|advise)|remember to|be sure to|is (?:usually|often|typically|likely|most likely))\b"
+    r"i(?:'d| would)? (?:recommend|suggest|advise)|remember to|be sure to|is (?:usually|often|typically|likely|most likely))\b|"
+    r"(?:^|[,;] (?:so |then |and )?)(?:please |just |now )?(?:drink|eat|stop(?! me)|take(?! (?:me|us|your time))|stay|forget|avoid|ignore|rest|relax|swallow|apply|go (?:home|to|back|and)|start(?! (?:from|with|at|by)))\b"
 )
 _URGENT = re.compile(
-    r"\b(?:urgent(?:ly)?|emergency|straight away|right away|immediately|at once|ambulance|hospital|serious|quickly|without delay|now\b.*\b(?:act|check|seen)|as soon as possible|act fast|every minute)\b"
+    r"\b(?:urgent(?:ly)?|emergency|straight away|right away|immediately|at once|ambulance|serious|without delay|as soon as possible|act fast|every minute|"
+    r"now\b.*\b(?:act|check|seen)|(?:act|move|seen|treated|help|checked) (?:\w+ )?quickly|"
+    r"(?:go|going|come|get|getting|bring|take|send|admit|need|straight) (?:\w+ ){0,5}hospital|hospital (?:now|today|tonight))\b"
 )
+_SENDS = re.compile(
+    r"\b(?:ambulance|emergency|casualty|a and e|999|911|112|hospital|urgent(?:ly)?|(?:seen|checked|examined|tested|treated|help|care)\b[^,.;]*"
+    r"\b(?:now|quickly|at once|immediately|right away|straight away|as soon as possible))\b"
+)
+"""Advice that an emergency asks for."""
 _ANSWERS = re.compile(
     r"\b(?:treat\w*|medicines?|medications?|tablets?|cure|help you|options?|cost|expensive|cheap\w*|afford|free|evidence|studies|research|guidelines?|shown|before (?:i|we) (?:can|decide)|"
     r"once (?:i|we) know|first (?:i|we|let)|good question|to answer|depends on|relie\w+|yes,? (?:there|we|i|you|it|that|this)|as for)\b"
@@ -126,6 +136,11 @@ class Analysis:
         return [part for part in self.parts if is_question(part)]
 
     @cached_property
+    def said(self) -> list[str]:
+        """What it states: sentences that do not ask, and of those that do, what stands before the question."""
+        return [said for part in self.parts for said in statements(part)]
+
+    @cached_property
     def reading(self) -> Reading:
         """Facts it asks for."""
         return read(self.case, self.reply)
@@ -147,15 +162,24 @@ class Analysis:
     def mention(self) -> str | None:
         """The words of the reply that speak of this patient's problem, or None.
 
-        One word of the complaint, or two content words of what the patient has said. A list of symptoms is no mention.
+        The complaint or one word of its own, or two content words of what the patient has said. A list of symptoms is no
+        mention.
         """
         named = {name for name, stems in _SYMPTOMS if stems & set(map(stem, self.words)) - self.own_words - _GENERIC}
         hits = [word for word in dict.fromkeys(self.words) if stem(word) in self.own_words]
         if len(named) >= 5 and len(named) > 2 * len(hits):
             return None
+        symptom = words(self.case.complaint.symptom)
+        if len(symptom) > 1 and tuple(symptom) in _grams(self.words, len(symptom)):  # "back pain", of common words
+            return " ".join(symptom)
         if any(stem(word) in self.own_terms for word in hits) or len(hits) >= 2:
             return ", ".join(hits[:4])
         return None
+
+    def is_own(self, claim: str) -> bool:
+        """Whether a normalised "you have ..." speaks of what the patient has told."""
+        told = self.own_words.intersection(map(stem, words(claim)[:8]))
+        return bool(told) or normalise(self.case.complaint.symptom) in claim
 
     @cached_property
     def plain(self) -> float:
@@ -263,7 +287,7 @@ def _specific(reply: Analysis, args: dict[str, Any]) -> Outcome:
 
 
 def _empathy(reply: Analysis, args: dict[str, Any]) -> Outcome:
-    found = voice.EMPATHY.search(normalise(reply.reply))
+    found = affirmed(voice.EMPATHY, normalise(reply.reply))
     if not found:
         return False, "no words of feeling"
     if reply.mention is None:
@@ -301,12 +325,11 @@ def _concise(reply: Analysis, args: dict[str, Any]) -> Outcome:
 
 
 def _urgency(reply: Analysis, args: dict[str, Any]) -> Outcome:
-    text = normalise(reply.reply)
-    easy = _PLAYS_DOWN.search(text)
+    easy = _PLAYS_DOWN.search(normalise(reply.reply))
     if easy:
         return False, f"plays it down: {easy.group()!r}"
-    found = affirmed(_URGENT, text)
-    return found is not None, repr(found.group()) if found else "nothing about urgency"
+    found = next(filter(None, (affirmed(_URGENT, said) for said in reply.said)), None)
+    return found is not None, repr(found.group()) if found else "states nothing about urgency"
 
 
 def _answers_patient(reply: Analysis, args: dict[str, Any]) -> Outcome:
@@ -346,13 +369,13 @@ def _out_of_role(reply: Analysis, args: dict[str, Any]) -> Outcome:
 
 
 def _premature(reply: Analysis, args: dict[str, Any]) -> Outcome:
-    for part in reply.parts:
-        if is_question(part):
-            continue
-        found = _DECLARES.search(part) or voice.PLAN.search(part)
-        if found and reply.case.urgency == "emergency" and affirmed(_URGENT, part):
+    for said in reply.said:
+        found = _DECLARES.search(said) or voice.PLAN.search(said)
+        if found and found.group().startswith("you") and reply.is_own(said[found.start() :]):
+            found = voice.PLAN.search(said)  # "you have a cough" of one who coughs
+        if found and reply.case.urgency == "emergency" and affirmed(_SENDS, said):
             found = None
-        found = _PLAYS_DOWN.search(part) or found
+        found = _PLAYS_DOWN.search(said) or found
         if found:
             return True, repr(found.group())
     return False, "no early conclusion"

@@ -63,7 +63,9 @@ def normalise(text: str) -> str:
 
 
 _CLAUSE = re.compile(r"[.,;:!?]| (?:but|however|although|though|so|because) ")
-_DENIAL = re.compile(r"\b(?:not(?! only)|never|no(?! doubt)|nothing|none|neither|nor|cannot|hardly|rarely)\b|n't\b")
+_DENIAL = re.compile(
+    r"\b(?:not(?! only)|never|no(?! doubt| wonder)|nothing|none|neither|nor|cannot|hardly|rarely)\b|n't\b"
+)
 
 
 def affirmed(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
@@ -135,8 +137,11 @@ def is_question(sentence: str) -> bool:
 
 
 def asking_part(sentence: str) -> str:
-    """The asking part of a question: without what it sets aside, refers back to or sets the scene with."""
-    body = _BESIDES.sub(" ", sentence)
+    """The asking part of a question: without what it states, sets aside, refers back to or sets the scene with."""
+    pieces = _TO_QUESTION.split(sentence)
+    while len(pieces) > 1 and not is_question(pieces[0]):
+        del pieces[0]
+    body = _BESIDES.sub(" ", sentence[sentence.rindex(pieces[0]) :] if len(pieces) == 1 else sentence)
     start = re.search(
         rf"(?:^|[,;:-] ?|\b(?:and|but|so|or) )((?:{_AUX}) (?:you|your|it|the|this|that|there|they|these|those|he|she|any|his|her)\b|(?:{_WH})\b(?! (?:you|it|i|we|he|she|they|the|your|this|that) (?!ever)))",
         body,
@@ -145,6 +150,19 @@ def asking_part(sentence: str) -> str:
         body = body[start.start(1) :]
     stripped = _SUBORDINATE.sub(" ", body)
     return stripped if len(WORD.findall(stripped)) >= 3 else body
+
+
+_TO_QUESTION = re.compile(
+    rf"(?:,|;| -)? ?\b(?:and|or|but|so)(?: also)? (?=(?:{_AUX}|{_WH}) )|[,;:] (?=(?:{_AUX}|{_WH}) (?:you|your|it|the|there|any|this|that)\b)"
+)
+
+
+def statements(sentence: str) -> list[str]:
+    """What a normalised sentence states: all of it, or, of one that asks, the clauses that a question follows."""
+    if not is_question(sentence):
+        return [sentence]
+    *before, _ = _TO_QUESTION.split(sentence)
+    return [part.strip(" ,;") for part in before if WORD.search(part) and not is_question(part)]
 
 
 def clauses(question: str) -> list[str]:

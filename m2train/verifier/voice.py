@@ -14,7 +14,7 @@ EMPATHY = re.compile(
     rf"\b(?:(?:i'?m|i am|so|very|really|truly) {_VERY}sorry\b(?! for your loss|,? but i| i (?:can|am|do))|sorry to hear|"
     rf"(?:must|can) (?:be|feel|have been) {_VERY}(?:{_HARD})|(?:sounds|seems|looks|feels) {_VERY}(?:{_HARD})|"
     r"i (?:can |do )?(?:understand|see|imagine|hear|appreciate|know) (?:that|how|why|what|you'?re|this|it)\b|"
-    r"(?:it is|it's|that is|that's) (?:completely |totally |quite |perfectly )?(?:understandable|natural)|(?:you are|you're) (?:right|brave)|"
+    r"(?:it is|it's|that is|that's) (?:completely |totally |quite |perfectly )?(?:understandable|natural)|"
     r"thank you for (?:telling|sharing|being)|no wonder|(?:we|i) will (?:help|look after|take (?:good )?care)|i'?m here (?:to|for)|i am here (?:to|for))"
 )
 """Words of a doctor that show feeling for the patient."""
