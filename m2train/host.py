@@ -6,6 +6,7 @@ import ctypes
 import importlib.metadata
 import itertools
 import os
+import re
 import resource
 import signal
 import socket
@@ -35,13 +36,14 @@ def _torch_version() -> str:
 def visible_gpus() -> list[str]:
     """Names of the GPUs that a child may be given (no torch import).
 
-    Those of CUDA_VISIBLE_DEVICES, read as CUDA does: empty is none, and -1 ends the list. All if it is not set.
+    Those of CUDA_VISIBLE_DEVICES, read as CUDA does: the first that is no number and no id (-1, NoDevFiles) ends the
+    list. If it is not set all, from 0 on: a container's device files have the numbers of the host, CUDA's its own.
     """
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
-        return [p.name.removeprefix("nvidia") for p in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+        return [str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
     names = [name.strip() for name in listed.split(",")]
-    return [name for name in itertools.takewhile(lambda name: name != "-1", names) if name]
+    return list(itertools.takewhile(re.compile(r"\d+|(GPU|MIG)-.+").fullmatch, names))
 
 
 def free_port(host: str = LOOPBACK) -> int:

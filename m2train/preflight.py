@@ -18,7 +18,7 @@ from m2train.host import on_cpu, open_files_limit, visible_gpus
 from m2train.models import model_shape, resolve_model, weights_size
 from m2train.rollout.chat import ChatTemplate
 from m2train.rollout.client import EngineClient
-from m2train.rollout.placement import check_engines
+from m2train.rollout.placement import check_engines, weight_transfer
 from m2train.rollout.server import check_options
 from m2train.rundir import rollout_file
 from m2train.verifier import load_cases, split_cases, unsupported_reason
@@ -159,9 +159,18 @@ def _check_learner(recipe: Recipe) -> None:
 
 
 def _check_gpus(recipe: Recipe, *, engines: bool) -> None:
-    """A rank and an engine never share a GPU."""
+    """A rank and an engine never share a GPU, nor do the controller that broadcasts over NCCL and an engine."""
     learner, rollout, gpus = recipe.learner, recipe.rollout, visible_gpus()
-    if on_cpu() or learner.launch != "local":
+    if on_cpu():
+        return
+    if learner.launch != "local":
+        served = rollout.servers * rollout.tensor_parallel if engines and not rollout.urls else 0
+        if served == len(gpus) and weight_transfer(recipe) == "nccl":
+            raise ConfigError(
+                f"rollout.servers = {rollout.servers} x rollout.tensor_parallel = {rollout.tensor_parallel} take all "
+                f"{served} GPUs; the weights are broadcast from one of this machine's that no engine has: use fewer "
+                "engines, or rollout.weight_transfer = 'file'"
+            )
         return
     taken = learner.tp * learner.pp * learner.dp
     takers = f"learner.tp = {learner.tp} x learner.pp = {learner.pp} x learner.dp = {learner.dp} take {taken} GPUs"

@@ -45,7 +45,8 @@ def test_a_fork_dies_with_its_killed_parent() -> None:
 
 @pytest.mark.parametrize(
     ("listed", "wanted"),
-    [("", []), ("-1", []), ("2, 5", ["2", "5"]), ("0,-1,1", ["0"]), ("GPU-8f,", ["GPU-8f"]), (None, ["0", "7"])],
+    [("", []), ("-1", []), ("2, 5", ["2", "5"]), ("0,-1,1", ["0"]), ("GPU-8f,", ["GPU-8f"]), ("1,,2", ["1"])]
+    + [("NoDevFiles", []), ("MIG-1a,0", ["MIG-1a", "0"]), (None, ["0", "1"])],
 )
 def test_gpus_are_those_that_cuda_would_see(
     monkeypatch: pytest.MonkeyPatch, listed: str | None, wanted: list[str]

@@ -175,7 +175,11 @@ def test_only_what_will_start_is_checked(recipe: Path, monkeypatch: Patch, tmp_p
     assert "take 2 GPUs" in faults(engines)[0] and faults(engines, train_from=tmp_path) == []
     ranks = parse(small | {"rollout": rollout, "learner": {"dp": 2}})
     assert "take 2 GPUs" in faults(ranks)[0] and faults(ranks, rollouts_only=True) == []
-    assert faults(parse(small | {"rollout": rollout, "learner": {"dp": 2, "launch": "external"}})) == []
+    elsewhere = {"dp": 2, "launch": "external"}
+    assert faults(parse(small | {"rollout": rollout, "learner": elsewhere})) == []
+    over_nccl = parse(small | {"rollout": rollout | {"weight_transfer": "nccl"}, "learner": elsewhere})
+    assert "take all 1 GPUs; the weights are broadcast from one" in faults(over_nccl)[0]
+    assert faults(over_nccl, train_from=tmp_path) == faults(over_nccl, rollouts_only=True) == []
     alone = parse(small | {"rollout": rollout})
     assert "take 1 more" in faults(alone)[0]
     assert faults(alone, train_from=tmp_path) == faults(alone, rollouts_only=True) == []

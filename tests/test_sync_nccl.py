@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +32,7 @@ class FakeServers(FanOutClient):
     def __init__(self, *, cached: bool = False) -> None:
         self.urls = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
         self.version = self.refusal = ""
+        self.refused: Future[Any] = Future()
         self.log: list[tuple[str, list[Any]]] = []
         self._cached = cached
 
@@ -179,6 +181,70 @@ def test_an_update_that_hangs_is_given_up_with_its_group(monkeypatch: pytest.Mon
     hang.set()
     assert returned.wait(20) and made[0].left and not made[1].left, "the thread that comes back leaves its own group"
     assert [name for name, _ in made[1].client.log] == ["weight_info"], "and says nothing to the servers of the next"
+
+
+@pytest.mark.parametrize(("answer", "kind"), [(500, EngineLost), (400, SyncError)])
+def test_a_server_that_does_not_join_ends_the_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch, answer: int, kind: type[Exception]
+) -> None:
+    """vLLM's trainer waits five minutes for all ranks to meet, and then tells of a bad file descriptor."""
+    free = threading.Event()
+
+    def each(client: FanOutClient, method: str, path: str, bodies: Any = None) -> list[dict[str, Any]]:
+        if path == "/get_world_size":
+            return [{"world_size": 1}]
+        raise (EngineLost if answer == 500 else SyncError)(f"http://a:1{path}: HTTP {answer}: Invalid init_info")
+
+    def connect(group: Any, source: SafetensorsSource) -> None:
+        threading.Thread(
+            target=lambda: pytest.raises(kind, group.client.init_weight_transfer_engine, {"rank_offset": 1})
+        ).start()
+        free.wait(60)
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr(nccl.FanOutClient, "_each", each)
+    monkeypatch.setattr(nccl._Group, "_connect", connect)
+    sync = NcclSync(["http://a:1"], timeout_s=60)
+    first = sync._group
+    with pytest.raises(kind, match=rf"HTTP {answer}: Invalid init_info; was it started with .*nccl") as caught:
+        asyncio.run(asyncio.wait_for(sync.publish(Path("w"), "v1"), 20))
+    assert type(caught.value) is kind and sync._group is not first
+    free.set()
+
+
+@pytest.mark.parametrize(
+    "err", [OSError(9, "Bad file descriptor"), RuntimeError("NCCL error: remote process exited")]
+)
+def test_what_nccl_raises_is_a_lost_engine(monkeypatch: pytest.MonkeyPatch, err: Exception) -> None:
+    class Breaking(FakeTrainer):
+        def send_weights(self) -> None:
+            raise err
+
+    monkeypatch.setattr(nccl._Group, "_connect", lambda group, source: Breaking(group.client))
+    monkeypatch.setattr(nccl, "FanOutClient", lambda *_: FakeServers())
+    sync = NcclSync(["http://a:1"], timeout_s=20)
+    first = sync._group
+    with pytest.raises(EngineLost, match=r"^http://a:1: the update to 'v1' failed: .*(descriptor|NCCL error)"):
+        asyncio.run(sync.publish(Path("w"), "v1"))
+    assert sync._group is not first
+
+
+@pytest.mark.parametrize(
+    ("hosts", "wanted"),
+    [
+        (["localhost", "node2"], "10.0.0.1"),
+        (["127.0.1.1", "node2", "node3"], "10.0.0.1"),
+        (["localhost", "127.0.1.1"], "127.0.0.1"),
+        (["node2"], "10.0.0.1"),
+    ],
+)
+def test_the_group_meets_where_all_servers_can_come(
+    monkeypatch: pytest.MonkeyPatch, hosts: list[str], wanted: str
+) -> None:
+    monkeypatch.setattr(
+        nccl, "address_towards", lambda host, port: "10.0.0.1" if host.startswith("node") else "127.0.0.1"
+    )
+    assert nccl.meeting_address([f"http://{host}:8000" for host in hosts]) == wanted
 
 
 HANGING = """

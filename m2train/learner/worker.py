@@ -177,6 +177,8 @@ def _serve(run_dir: Path, name: str | None) -> None:
     setup = read_json(session.recipe)
     assert setup is not None, session.recipe
     recipe = Recipe.model_validate(setup["recipe"])
+    if recipe.learner.deterministic:  # Transformer Engine asks this, and nothing else, when its attention is made
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
 
     from m2train.learner.trainer import Trainer
 

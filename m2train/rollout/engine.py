@@ -267,7 +267,8 @@ class EnginePool:
                 return await self._publish(slot)
             except EngineLost as err:
                 await self._recover(slot, life, err, attempt)
-        raise EngineError(f"{slot.ready().url} kept failing weight updates; see its log")
+                last = err
+        raise EngineError(f"{slot.ready().url} kept failing weight updates ({last}); see its log") from last
 
     async def _broadcast(self) -> dict[str, float]:
         """One update of all engines as a group; after a death the engine is revived and a new group is formed, of
@@ -286,7 +287,8 @@ class EnginePool:
                 await asyncio.gather(
                     *(self._recover(s, life, err, attempt) for s, life in zip(self._slots, lives, strict=True))
                 )
-        raise EngineError("the engines kept failing weight updates over NCCL; see their logs")
+                last = err
+        raise EngineError(f"the engines kept failing weight updates over NCCL ({last}); see their logs") from last
 
     async def _publish(self, slot: _Slot) -> dict[str, float]:
         if slot.sync is None:

@@ -16,10 +16,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from m2train.errors import RunError
 from m2train.host import address_towards, free_port
 from m2train.rollout.client import EngineLost
 from m2train.sync.base import SyncError
@@ -53,7 +55,9 @@ class FanOutClient:
         """Name for the weights of the update in progress (vLLM's trainer does not pass one)."""
         self._http = httpx.Client(timeout=timeout_s, trust_env=False)
         self.refusal = ""
-        """Why a server did not take a broadcast: NCCL waits for it all the same."""
+        """Why a server did not join the group or take a broadcast: NCCL waits for it all the same."""
+        self.refused: Future[EngineLost | SyncError] = Future()
+        """Done once a server does not join."""
         self._closed: Future[None] = Future()
 
     def world_sizes(self) -> list[int]:
@@ -66,7 +70,13 @@ class FanOutClient:
         for size in self.world_sizes():
             bodies.append({"init_info": {**init_info, "rank_offset": offset}})
             offset += size
-        self._each("POST", "/init_weight_transfer_engine", bodies)
+        try:
+            self._each("POST", "/init_weight_transfer_engine", bodies)
+        except (EngineLost, SyncError) as err:
+            self.refusal = f'{err}; was it started with --weight-transfer-config \'{{"backend": "nccl"}}\'?'
+            if not self.refused.done():
+                self.refused.set_result(type(err)(self.refusal))
+            raise
 
     def start_weight_update(self) -> None:
         """Freeze generation and open the update."""
@@ -161,6 +171,11 @@ class _Group:
         self._engine: Any = None
         self._given_up = False
 
+    @property
+    def formed(self) -> bool:
+        """Whether the servers have joined."""
+        return self._source is not None
+
     def publish(self, source: Path, version: str) -> dict[str, float]:
         """One update, in a thread; forms the group first."""
         try:
@@ -203,9 +218,8 @@ class _Group:
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        first = urlsplit(self.client.urls[0])
         info = NCCLTrainerInitInfo(
-            master_address=address_towards(first.hostname or "localhost", first.port or 80),
+            master_address=meeting_address(self.client.urls),
             master_port=free_port(""),
             world_size=1 + sum(self.client.world_sizes()),
             rank=0,
@@ -214,12 +228,18 @@ class _Group:
         return factory(info, client=self.client, source=source)
 
 
+def meeting_address(urls: Sequence[str]) -> str:
+    """The address at which all servers reach this machine: a loopback one only if all of them are here."""
+    parts = [urlsplit(url) for url in urls]
+    seen = [address_towards(part.hostname or "localhost", part.port or 80) for part in parts]
+    return next((address for address in seen if not ip_address(address).is_loopback), seen[0])
+
+
 class NcclSync:
     """Broadcasts weights from this process to all servers. The group is formed by the first `publish`.
 
     Args:
-        urls: every server; all take part in every update. The group meets at the address by which the first one
-            sees this machine.
+        urls: every server; all take part in every update.
         timeout_s: longest wait for one update.
         device: of the tensors that are broadcast.
     """
@@ -242,26 +262,43 @@ class NcclSync:
         An update that is not over in time, or is cancelled, is given up with its group; the next one forms another.
 
         Raises:
-            EngineLost: a server could not be reached, or the update was not over in `timeout_s`.
+            EngineLost: a server could not be reached, NCCL failed, or the update was not over in `timeout_s`.
             SyncError: a server refused, or does not report the new version.
         """
         group, over, refusal = self._group, False, ""
         update = asyncio.wrap_future(_in_daemon(group.publish, source, version))
+        ends: set[asyncio.Future[Any]] = {update}
+        if not group.formed:  # whoever forms it waits for all, minutes longer than for the answer of one
+            ends.add(asyncio.wrap_future(group.client.refused))
         try:
-            over = bool((await asyncio.wait({update}, timeout=self._timeout_s))[0])
+            await asyncio.wait(ends, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            over = update.done()
         finally:
             if not over:
                 refusal = group.client.refusal  # before closing the connections looks like one
                 update.cancel()  # its thread cannot be: see _Group.give_up
-                group.give_up()
-                self._group = self._new_group()
+                self._replace(group)
+        if not over and group.client.refused.done():
+            raise group.client.refused.result()
         if not over:
             raise EngineLost(
                 f"{', '.join(self._urls)}: the update to {version!r} over NCCL was not over in {self._timeout_s:g} s "
                 f"({refusal or 'no server said why'}); see the servers' logs, or raise "
                 "rollout.request_timeout_s"
             )
-        return update.result()
+        try:
+            return update.result()
+        except RunError:
+            raise
+        except (RuntimeError, OSError) as err:  # NCCL's, or of the store in which its ranks meet
+            refusal = group.client.refusal
+            self._replace(group)
+            cause = refusal or f"{type(err).__name__}: {err}"
+            raise EngineLost(f"{', '.join(self._urls)}: the update to {version!r} failed: {cause}") from err
+
+    def _replace(self, group: _Group) -> None:
+        group.give_up()
+        self._group = self._new_group()
 
     def close(self) -> None:
         """Leave the group."""
