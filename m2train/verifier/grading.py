@@ -42,7 +42,7 @@ _DECLARES = re.compile(
     r"you (?:may|might|probably|likely|could)? ?(?:have|be (?:having|suffering|experiencing)) (?:a |an |the )?(?!been|you|any|noticed|had|to\b)\w+|(?:caused by|due to|result of|sign of|symptom of|leads? to)|"
     r"(?:known|referred to) as|(?:it'?s|it is) (?:\w+ )?(?:important|essential|best|recommended|always (?:good|best)|advisable|a good idea)|make sure|try to|you (?:should|must|need to|can try|might want|could try)|"
     r"i(?:'d| would)? (?:recommend|suggest|advise)|remember to|be sure to|is (?:usually|often|typically|likely|most likely))\b|"
-    r"(?:^|[,;] (?:so |then |and )?)(?:please |just |now )?(?:drink|eat|stop(?! me)|take(?! (?:me|us|your time))|stay|forget|avoid|ignore|rest|relax|swallow|apply|go (?:home|to|back|and)|start(?! (?:from|with|at|by)))\b"
+    r"(?:^|[,;] (?:so |then |and )?)(?:please |just |now )?(?:drink|eat|stop(?! me)|take(?! (?:me|us|your time))|stay|forget|avoid|ignore|rest(?! assured)|relax|swallow|apply|go (?:home|to|back|and)|start(?! (?:from|with|at|by)))\b"
 )
 _URGENT = re.compile(
     r"\b(?:urgent(?:ly)?|emergency|straight away|right away|immediately|at once|ambulance|serious|without delay|as soon as possible|act fast|every minute|"
