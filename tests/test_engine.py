@@ -134,7 +134,7 @@ def test_no_server_at_url(run_async: Any, tiny_model: Path, tmp_path: Path) -> N
     [("/inference/v1/generate", "--enable-scale-out"), ("/weight_info", "VLLM_SERVER_DEV_MODE=1")],
 )
 def test_missing_route_names_the_flag(run_async: Any, tiny_model: Path, tmp_path: Path, path: str, word: str) -> None:
-    with fake_server(missing=path) as url, pytest.raises(EngineError, match=word):
+    with fake_server(missing=path, max_model_len=None) as url, pytest.raises(EngineError, match=word):
         run_async(EnginePool(tiny_recipe(urls=[url]), tiny_model, tmp_path).start())
 
 
@@ -316,7 +316,7 @@ _SPANS = ({"version": "default", "start": 0, "end": 1},)
 
 
 @contextlib.contextmanager
-def fake_server(missing: str = "", versions: Any = _SPANS, max_model_len: int = 4096) -> Iterator[str]:
+def fake_server(missing: str = "", versions: Any = _SPANS, max_model_len: int | None = 4096) -> Iterator[str]:
     """Answers like a vLLM server that lacks one thing: a route, weight versions of tokens, or processed log-probs."""
     import json
     import threading

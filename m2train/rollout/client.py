@@ -64,8 +64,8 @@ class EngineClient:
                 requests may be longer than the server takes.
         """
         card = (await self.call("GET", "/v1/models"))["data"][0]
-        self._model, room = card["id"], card["max_model_len"]
-        if room < longest_request:
+        self._model, room = card["id"], card.get("max_model_len")
+        if room is not None and room < longest_request:  # who is not vLLM says none, and fails below
             raise EngineError(
                 f"{self.url} takes {room} tokens a request; rollout.max_context_tokens + algo.max_new_tokens = "
                 f"{longest_request}: start it with --max-model-len {longest_request}, or lower one of the two"
